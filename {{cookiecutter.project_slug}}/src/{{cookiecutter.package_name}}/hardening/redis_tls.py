@@ -1,0 +1,37 @@
+"""The connection that Redis results travel on: it trusts the configured CA and no other.
+
+Guards against: redis-py *adding* ``ssl_ca_certs`` to the operating system's store, so that any public CA (or
+a proxy whose CA an administrator installed) could vouch for the server; and parameters that switch
+verification off.
+Rests on: redis-py wrapping its socket in ``_wrap_socket_with_ssl``, which a test keeps an eye on.
+Controls: TLS-1.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+import redis
+
+from .tls import CIPHERS, MINIMUM_VERSION
+
+
+class VerifiedSSLConnection(redis.SSLConnection):
+    """A TLS connection whose verification no option, URL parameter or default can weaken.
+
+    Celery's Redis backend takes its connection class from ``connection_class_ssl``, and for ``rediss://``
+    from ``_params_from_url``: a subclass of the backend has to name this class in both places.
+    """
+
+    def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # CERT_REQUIRED, and the host name is checked
+        context.minimum_version = MINIMUM_VERSION
+        context.set_ciphers(CIPHERS)
+        if self.ca_certs is None:
+            context.load_default_certs()
+        else:
+            context.load_verify_locations(self.ca_certs)
+        if self.certfile is not None:
+            context.load_cert_chain(self.certfile, self.keyfile)
+        return context.wrap_socket(sock, server_hostname=self.host)
