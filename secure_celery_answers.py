@@ -107,7 +107,7 @@ class Answers(Extension):
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
         """Refuse what is not a file and holds other expressions than this template's own."""
-        if name is None and SYNTAX.search(OURS.sub("", source)):
+        if name is None and SYNTAX.search(OURS.sub("{", source)):  # "{": one more brace in front is syntax again
             raise FailedHookException(
                 "An answer holds template syntax ('{{', '{%' or '{#'), which would be executed; leave it out."
             )
