@@ -1,31 +1,214 @@
 """Every refusal of the hardening layer, as one tree of exceptions.
 
 Guards against: a refusal that nobody can match, and a message that fails without saying why.
-Rests on: each leaf carrying a stable ``code``; the codes are the reasons in audit events, in the quarantine and in
-what a caller's ``.get()`` raises. ``python -m <package>.hardening.explain CODE`` prints cause and fix.
+Rests on: each leaf having a stable ``code``. The codes are the reasons in audit events, in the quarantine and in what a
+caller's ``.get()`` raises; ``python -m <package>.hardening.explain CODE`` prints the docstring and the fix.
 Controls: AUT-5, LOG-1, TLS-3.
+
+No text here ever holds a value taken from a refused message: texts end up in logs.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 from celery.exceptions import SecurityError
 
+if TYPE_CHECKING:
+    from .claims import TaskClaims
+
 
 class Refused(Exception):
-    """Something was refused for a security reason.
+    """Something was refused for a security reason."""
 
-    ``code`` is stable and safe to show to anyone; ``str()`` never holds a value from the refused message.
-    """
+    code = "refused"
+    fix = "Look the code up with `explain`."
 
-    code: ClassVar[str] = "refused"
+    def __init__(self, detail: str = "") -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        """Return one line: the first sentence of the cause, the detail, the code."""
+        cause = (self.__doc__ or "").partition("\n")[0].rstrip(".")
+        return f"{cause}{': ' + self.detail if self.detail else ''} [{self.code}]"
 
 
 class ConfigurationRefused(Refused, SecurityError):
-    """A setting is missing, malformed or insecure. ``str()`` is one sentence: setting, reason, fix, code."""
+    """A setting is missing, malformed or insecure.
+
+    A :exc:`celery.exceptions.SecurityError` too, because ``celery worker`` prints those as one sentence and exits 1.
+    """
+
+    code = "config.invalid"
+    fix = "Change the setting as the sentence says."
 
     def __init__(self, setting: str, reason: str, fix: str, code: str = "config.invalid") -> None:
-        super().__init__(f"{setting}: {reason}; {fix} [{code}]")
-        self.setting, self.reason, self.fix = setting, reason, fix
-        self.code = code  # type: ignore[misc]  # one class, many codes: settings are many and their class is not caught by kind
+        super().__init__(reason)
+        self.setting, self.reason, self.fix, self.code = setting, reason, fix, code
+
+    def __str__(self) -> str:
+        """Return one sentence: setting, reason, fix, code."""
+        return f"{self.setting}: {self.reason}; {self.fix} [{self.code}]"
+
+
+class MessageRefused(Refused):
+    """A message was refused before Celery acted on it.
+
+    ``claims`` is set once the signature holds and the message is for this application.
+    """
+
+    code = "message.refused"
+    claims: TaskClaims | None = None
+
+
+# --- intake: what the transport delivers ------------------------------------------------------------------------------
+
+
+class Unparseable(MessageRefused):
+    """The transport could not parse the message's properties or headers."""
+
+    code = "message.unparseable"
+    fix = "Find who can publish to the queue: no Celery producer sends this. The raw bytes are in the quarantine."
+
+
+class Compressed(MessageRefused):
+    """The message asks to be decompressed before its sender is known."""
+
+    code = "message.compressed"
+    fix = "Send without `compression`: a compressed body expands in the worker before anything can be checked."
+
+
+class TooLarge(MessageRefused):
+    """The message is larger than the limit."""
+
+    code = "message.too-large"
+    fix = "Send a reference to the data instead of the data, or raise `message_max_bytes`."
+
+
+# --- envelope: is it signed, and by whom ------------------------------------------------------------------------------
+
+
+class Unsigned(MessageRefused):
+    """The message is not a signed envelope."""
+
+    code = "message.unsigned"
+    fix = "Send it from an application that called `harden(app, settings)`."
+
+
+class Malformed(MessageRefused):
+    """The envelope is not a well-formed compact JWS."""
+
+    code = "message.malformed"
+    fix = "Something changed the envelope on its way, or it was made by hand."
+
+
+class WrongType(MessageRefused):
+    """The envelope is of another type than this door accepts."""
+
+    code = "message.type"
+    fix = "A result, event or control message was presented as a task, or the other way round: look for a replay."
+
+
+class BadSignature(MessageRefused):
+    """The signature does not fit the message."""
+
+    code = "message.signature"
+    fix = "The message was altered, or signed with a key that is not the certificate's."
+
+
+class UntrustedSigner(MessageRefused):
+    """The signer's certificate does not lead to a trusted signing CA."""
+
+    code = "signer.untrusted"
+    fix = "Issue the signer's certificate from the signing CA in `security_cert_store`."
+
+
+class InvalidIdentity(MessageRefused):
+    """The signer's certificate does not name exactly one well-formed SPIFFE ID."""
+
+    code = "signer.identity"
+    fix = "Issue it with one URI SAN: spiffe://<trust-domain>/<environment>/<application>/<role>[/<name>]."
+
+
+class NotValidAtIssue(MessageRefused):
+    """The signer's certificate was not valid when the message was signed."""
+
+    code = "signer.validity"
+    fix = "Renew the certificate, and check the clocks of both machines."
+
+
+# --- claims: what was signed ------------------------------------------------------------------------------------------
+
+
+class BadShape(MessageRefused):
+    """The signed claims do not have the shape of a task message."""
+
+    code = "message.shape"
+    fix = "Producer and worker run different versions of the hardening layer, or a signer makes messages by hand."
+
+
+class WrongAudience(MessageRefused):
+    """The message is addressed to another application or environment."""
+
+    code = "message.audience"
+    fix = "Send to the right environment; never share signing certificates between environments."
+
+
+class WrongQueue(MessageRefused):
+    """The message was signed for a queue that this worker does not serve."""
+
+    code = "message.queue"
+    fix = "It was moved between queues, or the topology of producer and worker differ."
+
+
+class Expired(MessageRefused):
+    """The message is older than its signed lifetime."""
+
+    code = "message.expired"
+    fix = "Send it again; raise `message_max_age` if queues are longer than that by design."
+
+
+class FromTheFuture(MessageRefused):
+    """The message was signed later than this clock and the allowed skew."""
+
+    code = "message.future"
+    fix = "Synchronise the clocks of producer and worker."
+
+
+class UnknownTask(MessageRefused):
+    """No task of that name is registered here."""
+
+    code = "task.unknown"
+    fix = "Deploy the worker that has the task, or correct the name."
+
+
+class NotAllowed(MessageRefused):
+    """The signer may not send this task to this queue."""
+
+    code = "policy.denied"
+    fix = "Allow it in topology.toml, if it should be."
+
+
+class GateFailed(MessageRefused):
+    """The gate itself failed on the message, which counts as a refusal."""
+
+    code = "gate.failed"
+    fix = "This is a defect: report it with the audit event."
+
+
+# --- task and result --------------------------------------------------------------------------------------------------
+
+
+class InvalidArguments(Refused):
+    """The task's arguments do not fit its annotations."""
+
+    code = "task.arguments"
+    fix = "Send what the task's signature asks for; types are not converted."
+
+
+class ForeignResult(MessageRefused):
+    """The stored result belongs to another task or another caller."""
+
+    code = "result.foreign"
+    fix = "Someone with write access to the result backend swapped results: rotate its credentials."

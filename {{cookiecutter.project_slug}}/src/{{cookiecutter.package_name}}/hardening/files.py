@@ -114,12 +114,13 @@ def _read(setting: str, path: Path) -> tuple[bytes, os.stat_result, Path]:
     if len(content) > LARGEST_FILE:
         raise refuse(f"{path} is larger than {LARGEST_FILE} bytes", "name the right file")
     real = Path(os.path.realpath(path))
-    folder = real.parent.stat().st_mode
-    if folder & stat.S_IWOTH and not folder & stat.S_ISVTX and not _on_windows_drive(real):
-        raise refuse(
-            f"every user of this host can replace files in {real.parent} (mode {stat.S_IMODE(folder):04o})",
-            f"run `chmod o-w {real.parent}`",
-        )
+    for folder in {path.parent, real.parent}:
+        mode = folder.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX and not _on_windows_drive(real):
+            raise refuse(
+                f"every user of this host can replace files in {folder} (mode {stat.S_IMODE(mode):04o})",
+                f"run `chmod o-w {folder}`",
+            )
     return content, status, real
 
 

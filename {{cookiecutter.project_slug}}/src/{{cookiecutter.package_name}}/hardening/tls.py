@@ -105,7 +105,7 @@ class TLS:
         }
 
     def sentinel(self) -> dict[str, Any]:
-        """Options for ``sentinel_kwargs``: discovery makes connections of its own, plain unless told otherwise."""
+        """Options for ``sentinel_kwargs``: discovery makes connections of its own, plain by default."""
         return {"ssl": True, **self.redis()}
 
 

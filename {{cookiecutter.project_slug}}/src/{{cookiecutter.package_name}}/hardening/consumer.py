@@ -1,0 +1,89 @@
+"""The worker's consumer, with the gate ahead of everything Celery does with a message, and the checks before it starts.
+
+Guards against: any path from a delivered message to Celery that does not pass the gate, and a worker that starts as
+root or after something undid the hardening.
+Rests on: ``worker_consumer`` naming this class, and Celery taking every task message through ``create_task_handler``.
+Controls: SIG-1, INT-1, WRK-1, VAL-1.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from celery import bootsteps
+from celery.utils.log import get_logger
+from celery.worker.consumer.consumer import Consumer
+
+from . import audit
+from .errors import ConfigurationRefused, MessageRefused
+from .gate import Gate
+from .quarantine import Quarantine
+
+if TYPE_CHECKING:
+    from .harden import Hardening
+
+logger = get_logger(__name__)
+
+
+class HardenedConsumer(Consumer):
+    """Celery's consumer behind the gate."""
+
+    class Blueprint(Consumer.Blueprint):
+        """Celery's steps without delayed delivery's, which declares what the operator has declared (topology.toml)."""
+
+        default_steps = tuple(
+            step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")
+        )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Gossip and mingle act on unsigned messages of other workers: a malformed event raises out of the event loop,
+        # a foreign reply breaks start-up. Heartbeats are events too. None of the three can be told to verify.
+        super().__init__(*args, **{**kwargs, "without_gossip": True, "without_mingle": True, "without_heartbeat": True})
+        self._gate = Gate(self.app, self.app.hardening)
+        self._quarantine = Quarantine(self.app, self.app.hardening)
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Return Celery's handler behind the gate."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def on_task_received(message: Any) -> None:
+            try:
+                admitted = self._gate.admit(message)
+            except MessageRefused as refusal:
+                self._refuse(message, refusal)
+            else:
+                handle(admitted)
+
+        return on_task_received
+
+    def _refuse(self, message: Any, refusal: MessageRefused) -> None:
+        try:
+            if refusal.claims is not None:
+                self.app.backend.store_refusal(refusal)
+        except Exception as error:  # the backend being away must not stop the refusal
+            logger.error("could not tell the caller of a refusal: %s", type(error).__name__)
+        self._quarantine.store(message, refusal)
+
+
+class Preflight(bootsteps.Step):
+    """Refuses to start a worker that would not be safe; Celery prints the sentence and exits 1."""
+
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        if os.geteuid() == 0:
+            raise ConfigurationRefused(
+                "user", "a worker may not run as root", "start it as an unprivileged user", "worker.root"
+            )
+        hardening: Hardening = parent.app.hardening
+        hardening.check(parent.app)
+        if not hardening.consumed:
+            raise ConfigurationRefused(
+                "SECURE_CELERY_SECURITY_CERTIFICATE",
+                f"{hardening.signer.identity} is no worker pool of the topology",
+                "start the worker with a pool's certificate",
+                "worker.identity",
+            )
+        queues = parent.app.amqp.queues
+        queues.select([name for name in queues.consume_from if name in hardening.consumed])
+        audit.record(audit.Event.STARTED, signer=hardening.signer.identity)
+        super().__init__(parent, **kwargs)

@@ -1,0 +1,207 @@
+"""The door: ``harden(app, settings)`` makes an existing Celery application safe, after it was constructed.
+
+Guards against: half-hardened applications. Everything is set here and checked again before a worker starts, so that a
+later change of the configuration, or a later ``setup_security()``, is found.
+Rests on: Celery's extension points (``amqp_cls``, ``worker_consumer``, the loader's backends); the application keeps
+its own Task class (Django's, for example) and its ``shared_task`` tasks.
+Controls: SER-1, SIG-1, SIG-2, TLS-1, BRK-1, VAL-1, RES-2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from celery import Celery
+from celery.utils.imports import symbol_by_name
+from kombu import Exchange, Queue
+from kombu.serialization import registry
+
+from .consumer import HardenedConsumer, Preflight
+from .envelope import Signer, Verifier
+from .errors import ConfigurationRefused
+from .identity import Role
+from .policy import Policy
+from .producer import SigningAMQP
+from .results import BACKENDS, SignedResults
+from .settings import Settings
+from .strict import make_strict
+from .topology import Topology
+
+_STOCK_AUTH = "application/data"  # content type of Celery's own signing serializer
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """What the parts share; ``app.hardening`` holds it."""
+
+    settings: Settings
+    strict_arguments: bool = True
+
+    @cached_property
+    def signer(self) -> Signer:
+        """This process's signing key."""
+        return self.settings.signer
+
+    @cached_property
+    def verifier(self) -> Verifier:
+        """Verifies the envelopes of others."""
+        return self.settings.verifier
+
+    @cached_property
+    def topology(self) -> Topology:
+        """Queues, pools and callers."""
+        return self.settings.rules
+
+    @cached_property
+    def policy(self) -> Policy:
+        """Who may send what."""
+        return Policy(self.topology, self.signer.identity)
+
+    @cached_property
+    def queues(self) -> frozenset[str]:
+        """Names, on the broker, of all queues that tasks may be sent to."""
+        return frozenset(queue.broker_name for queue in self.topology.queues)
+
+    @cached_property
+    def consumed(self) -> frozenset[str]:
+        """Names, on the broker, of the queues this process's worker pool serves."""
+        identity = self.signer.identity
+        pool = self.topology.pools.get(identity.account) if identity.role is Role.WORKER else None
+        return frozenset(self.topology.queue(name).broker_name for name in (pool.queues if pool else ()))
+
+    def configuration(self) -> dict[str, Any]:
+        """Return the Celery settings that must hold; nothing may set them differently."""
+        topology = self.topology
+        exchange = Exchange(topology.exchange, type="topic", no_declare=True)
+        return {
+            "broker_url": self.settings.broker_url,
+            "broker_use_ssl": self.settings.tls.amqp(),
+            "broker_login_method": "EXTERNAL",
+            "broker_transport_options": {"confirm_publish": True},
+            "result_backend": self.settings.result_backend_url(),
+            "redis_backend_use_ssl": self.settings.tls.redis(),
+            "result_backend_transport_options": {"global_keyprefix": f"{topology.application}:"},
+            # JSON everywhere; what is inside an envelope does not choose its format.
+            "task_serializer": "json",
+            "result_serializer": "json",
+            "event_serializer": "json",
+            "accept_content": ["json"],
+            "result_accept_content": ["json"],
+            "task_compression": None,
+            "result_compression": None,
+            "result_extended": False,  # would store arguments beside the result
+            "task_protocol": 2,
+            "task_always_eager": False,
+            # Unsigned until they have types of their own.
+            "worker_enable_remote_control": False,
+            "worker_send_task_events": False,
+            "task_send_sent_event": False,
+            # Queues are declared by the operator (topology.toml); no account may declare anything.
+            "task_queues": [
+                Queue(
+                    queue.broker_name,
+                    exchange,
+                    routing_key=queue.broker_name,
+                    queue_arguments={"x-queue-type": "quorum"},
+                    no_declare=True,
+                )
+                for queue in topology.queues
+            ],
+            "task_default_exchange": topology.exchange,
+            "task_default_exchange_type": "topic",
+            "task_create_missing_queues": False,
+            "worker_detect_quorum_queues": True,
+            "worker_consumer": HardenedConsumer,
+            "security_key": str(self.settings.security_key),
+            "security_certificate": str(self.settings.security_certificate),
+            "security_cert_store": str(self.settings.security_cert_store),
+        }
+
+    def defaults(self) -> dict[str, Any]:
+        """Return safe defaults that an application may change."""
+        queue = self.topology.queues[0].broker_name
+        return {
+            "task_default_queue": queue,
+            "task_default_routing_key": queue,
+            "task_acks_late": True,
+            "task_reject_on_worker_lost": True,
+            "task_ignore_result": True,
+            "task_time_limit": 300,
+            "task_soft_time_limit": 270,
+            "worker_prefetch_multiplier": 1,
+            "worker_max_tasks_per_child": 1000,
+            "worker_max_memory_per_child": 512 * 1024,  # KiB
+            "worker_cancel_long_running_tasks_on_connection_loss": True,
+            "worker_proc_alive_timeout": 30.0,
+            "broker_connection_retry_on_startup": True,
+            "result_expires": 3600,
+        }
+
+    def check(self, app: Celery) -> None:
+        """Check, before a worker starts, that everything ``harden`` set still holds.
+
+        Raises:
+            ConfigurationRefused: something undid it; the sentence names what.
+        """
+        for name, value in self.configuration().items():
+            if app.conf[name] != value:
+                raise ConfigurationRefused(name, "was changed after harden()", "remove the change", "config.changed")
+        if _STOCK_AUTH in registry._decoders:
+            raise _stock_signing()
+        if not isinstance(app.backend, SignedResults):
+            raise ConfigurationRefused("result_backend", "is not signed", "use rediss://", "config.changed")
+        app.finalize()
+        if self.strict_arguments:
+            for task in app.tasks.values():
+                make_strict(task)
+
+
+def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) -> None:
+    """Harden ``app``. Call it once, after the application has read its own configuration.
+
+    Args:
+        app: any Celery application; it may have tasks already.
+        settings: where broker, keys and topology are.
+        strict_arguments: validate arguments against annotations and refuse tasks without any (VAL-1).
+
+    Raises:
+        ConfigurationRefused: a setting is insecure or missing; one sentence with setting, reason, fix, code.
+    """
+    if getattr(app, "hardening", None) is not None:
+        raise ConfigurationRefused("harden", "was called twice on one application", "call it once")
+    if app.conf.security_digest != "sha256":
+        raise ConfigurationRefused(
+            "security_digest", "the algorithm follows from the signer's key", "remove the setting"
+        )
+    hardening = Hardening(settings, strict_arguments)
+    app.hardening = hardening
+    app.loader.override_backends = {**app.loader.override_backends, **BACKENDS}
+    app.amqp_cls = type("SigningAMQP", (SigningAMQP, symbol_by_name(app.amqp_cls)), {})
+    app.__dict__.pop("amqp", None)  # whatever was made before, with Celery's own classes
+    app._pool = app._backend_cache = None
+    app.conf.update(hardening.configuration())
+    app.add_defaults(hardening.defaults())
+    app.steps["worker"].add(Preflight)
+    app.setup_security = _refuse_stock_signing
+    if strict_arguments:
+        app.on_after_finalize.connect(_make_all_strict, weak=False)
+
+
+def _make_all_strict(sender: Celery, **_: Any) -> None:
+    for task in sender.tasks.values():
+        make_strict(task)
+
+
+def _stock_signing() -> ConfigurationRefused:
+    return ConfigurationRefused(
+        "setup_security",
+        "Celery's own signing would put its decoder back, which runs pickle from any trusted signer",
+        "remove the call; harden() signs",
+        "config.stock-signing",
+    )
+
+
+def _refuse_stock_signing(*_: Any, **__: Any) -> None:
+    raise _stock_signing()

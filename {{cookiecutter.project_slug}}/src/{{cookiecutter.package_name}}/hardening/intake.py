@@ -1,0 +1,134 @@
+"""The intake: the transport, made unable to fail on what it delivers.
+
+Guards against: messages that kill the worker or loop for ever before any consumer code runs. An AMQP timestamp of 2^62
+in a header raises OSError in the parser, which Celery takes for a lost connection; a ``compression`` header expands
+290 KB to a gigabyte, or loses the message when its method is unknown.
+Rests on: every message passing py-amqp's frame handler and the channel's ``Message`` class. What cannot be parsed is
+delivered without its properties and carries its refusal; the gate quarantines it.
+Controls: INT-1, SER-3, TLS-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import kombu
+from amqp import basic_message, method_framing
+from kombu.transport import memory, pyamqp
+
+from .errors import Compressed, ConfigurationRefused, MessageRefused, Unparseable
+
+_CONTENT_HEADER = 2  # AMQP 0-9-1 section 4.2.3, frame type
+_PROPERTIES = 12  # bytes before the property flags: class, weight, body size
+_NO_PROPERTIES = b"\0\0"
+
+
+def frame_handler(connection: Any, callback: Callable[..., None]) -> Callable[[Any], Any]:
+    """Wrap py-amqp's frame handler: a content header that does not parse loses its properties instead of raising."""
+    unparsed: dict[int, bytes] = {}
+
+    def on_method(channel: int, method: Any, arguments: bytes, content: Any) -> None:
+        if content is not None and channel in unparsed:
+            content.unparsed = unparsed.pop(channel)
+        callback(channel, method, arguments, content)
+
+    on_frame = method_framing.frame_handler(connection, on_method)
+
+    def on_checked_frame(frame: tuple[int, int, bytes]) -> Any:
+        kind, channel, payload = frame
+        if kind == _CONTENT_HEADER:
+            try:
+                basic_message.Message().inbound_header(payload)
+            except Exception:  # struct.error, OSError, OverflowError, UnicodeDecodeError ...: whatever a parser raises
+                unparsed[channel] = bytes(payload[_PROPERTIES:])
+                payload = bytes(payload[:_PROPERTIES]) + _NO_PROPERTIES
+        return on_frame((kind, channel, payload))
+
+    return on_checked_frame
+
+
+class AmqpMessage(pyamqp.Message):
+    """A delivered message. ``refusal`` is set where the intake refuses it; ``unparsed`` keeps properties' raw bytes."""
+
+    refusal: MessageRefused | None = None
+    unparsed: bytes = b""
+
+    def __init__(self, msg: Any, channel: Any = None, **kwargs: Any) -> None:
+        """Build it; never raises on what the message holds."""
+        self.unparsed = getattr(msg, "unparsed", b"")
+        self.refusal = Unparseable() if self.unparsed else _strip_compression(msg.properties.get("application_headers"))
+        super().__init__(msg, channel=channel, **kwargs)
+
+
+class _AmqpChannel(pyamqp.Channel):
+    Message = AmqpMessage
+
+
+class _AmqpConnection(pyamqp.Connection):
+    Channel = _AmqpChannel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "frame_handler": frame_handler})
+
+
+class AmqpTransport(pyamqp.SSLTransport):
+    """AMQP over TLS, with the intake."""
+
+    Connection = _AmqpConnection
+
+
+class MemoryMessage(memory.Channel.Message):
+    """A message of the in-memory transport."""
+
+    refusal: MessageRefused | None = None
+    unparsed: bytes = b""
+
+    def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
+        """Build it."""
+        self.refusal = _strip_compression(payload.get("headers"))
+        super().__init__(payload, channel=channel, **kwargs)
+
+
+class _MemoryChannel(memory.Channel):
+    Message = MemoryMessage
+
+
+class MemoryTransport(memory.Transport):
+    """kombu's in-memory transport, with the intake; only tests may use it (see ``Settings.broker_schemes``)."""
+
+    Channel = _MemoryChannel
+
+
+class Connection(kombu.Connection):
+    """A broker connection that only ever uses a transport with the intake, also after a failover."""
+
+    ssl: Any
+    transport_cls: str
+    transports: ClassVar[dict[str, type]] = {"amqps": AmqpTransport, "memory": MemoryTransport}
+
+    def get_transport_cls(self) -> type:
+        """Return the transport for the URL's scheme.
+
+        Raises:
+            ConfigurationRefused: there is none with an intake.
+        """
+        try:
+            return self.transports[self.transport_cls]
+        except KeyError:
+            raise ConfigurationRefused(
+                "broker_url", f"there is no intake for {self.transport_cls}://", "use amqps://", "config.tls"
+            ) from None
+
+    def _init_params(self, *args: Any, **kwargs: Any) -> None:
+        super()._init_params(*args, **kwargs)
+        if isinstance(self.ssl, dict):
+            # kombu writes the first broker's name into the dict, and would check every other broker against it.
+            self.ssl = {**self.ssl, "server_hostname": None}
+
+
+def _strip_compression(headers: Any) -> MessageRefused | None:
+    """Remove what would make kombu decompress the body, and say that it was there."""
+    if isinstance(headers, dict) and headers.pop("compression", None) is not None:
+        return Compressed()
+    return None

@@ -1,0 +1,101 @@
+"""Signing keys and the algorithm that follows from each.
+
+Guards against: algorithm confusion. The message never chooses: Ed25519 means EdDSA, P-256 means ES256, RSA means PS256,
+and any other key is no signing key (RFC 7518 section 3, RFC 8037 section 3.1, RFC 8725 section 3.1).
+Rests on: ``cryptography`` for the primitives.
+Controls: SIG-1, SIG-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
+
+#: Signs bytes.
+Sign = Callable[[bytes], bytes]
+#: ``verify(signature, data)`` says whether the signature fits.
+Verify = Callable[[bytes, bytes], bool]
+
+_RSA_BITS_MIN, _RSA_BITS_MAX = 2048, 4096
+_P256_BYTES = 32
+_PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=hashes.SHA256.digest_size)
+_ECDSA = ec.ECDSA(hashes.SHA256())
+
+
+def algorithm_of(key: PublicKeyTypes) -> str | None:
+    """Return the one JWS algorithm this public key may be used with, or None if it is no signing key."""
+    if isinstance(key, Ed25519PublicKey):
+        return "EdDSA"
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
+        return "ES256"
+    if isinstance(key, rsa.RSAPublicKey) and _RSA_BITS_MIN <= key.key_size <= _RSA_BITS_MAX:
+        return "PS256"
+    return None
+
+
+def signer(key: PrivateKeyTypes) -> Sign:
+    """Return the function that signs with ``key``.
+
+    Raises:
+        TypeError: ``key`` is not of a supported type.
+    """
+    if isinstance(key, Ed25519PrivateKey):
+        return key.sign
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        return lambda data: _to_jose(key.sign(data, _ECDSA))
+    if isinstance(key, rsa.RSAPrivateKey):
+        return lambda data: key.sign(data, _PSS, hashes.SHA256())
+    raise TypeError(f"{type(key).__name__} is not a signing key")
+
+
+def verifier(key: PublicKeyTypes) -> Verify:
+    """Return the function that verifies with ``key``, which :func:`algorithm_of` has accepted.
+
+    Raises:
+        TypeError: ``key`` is not of a supported type.
+    """
+    check: Callable[[bytes, bytes], None]
+    if isinstance(key, Ed25519PublicKey):
+        check = key.verify
+    elif isinstance(key, ec.EllipticCurvePublicKey):
+        ec_key = key
+
+        def check(signature: bytes, data: bytes) -> None:
+            ec_key.verify(_from_jose(signature), data, _ECDSA)
+
+    elif isinstance(key, rsa.RSAPublicKey):
+        rsa_key = key
+
+        def check(signature: bytes, data: bytes) -> None:
+            rsa_key.verify(signature, data, _PSS, hashes.SHA256())
+
+    else:
+        raise TypeError(f"{type(key).__name__} is not a signing key")
+
+    def verify(signature: bytes, data: bytes) -> bool:
+        try:
+            check(signature, data)
+        except InvalidSignature:
+            return False
+        return True
+
+    return verify
+
+
+def _to_jose(der: bytes) -> bytes:
+    """Turn a DER ECDSA signature into the two fixed-length integers of RFC 7518 section 3.4."""
+    r, s = utils.decode_dss_signature(der)
+    return r.to_bytes(_P256_BYTES, "big") + s.to_bytes(_P256_BYTES, "big")
+
+
+def _from_jose(signature: bytes) -> bytes:
+    if len(signature) != 2 * _P256_BYTES:
+        raise InvalidSignature
+    return utils.encode_dss_signature(
+        int.from_bytes(signature[:_P256_BYTES], "big"), int.from_bytes(signature[_P256_BYTES:], "big")
+    )

@@ -1,0 +1,130 @@
+"""The producer: every task message is signed at the moment it is published, or it is not published.
+
+Guards against: unsigned messages, messages altered between signing and publishing by a signal receiver, and a generic
+encoder that would sign whatever it is given.
+Rests on: Celery publishing all task messages through ``app.amqp.send_task_message(producer, ...)``: the producer is
+wrapped there, after every signal has run. Signals themselves fail open and are never used to sign.
+Controls: SIG-1, SIG-3, SIG-4, INT-2.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from celery import current_task
+from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE
+
+from . import claims, codec, intake
+from .envelope import CONTENT_TYPE, Type
+from .errors import ConfigurationRefused, TooLarge
+
+if TYPE_CHECKING:
+    from .harden import Hardening
+
+_DELAY_PREFIX = re.compile(rf"(?:[01]\.){{{MAX_NUMBER_OF_BITS_TO_USE}}}")
+
+
+class TaskProducer:
+    """Any kombu producer, made to sign the one task message it was made for."""
+
+    def __init__(self, producer: Any, body: Any, hardening: Hardening) -> None:
+        self._producer = producer
+        self._body = body
+        self._hardening = hardening
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the wrapped producer in everything but :meth:`publish`."""
+        return getattr(self._producer, name)
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        """Sign and publish.
+
+        Raises:
+            kombu.exceptions.EncodeError: an argument has no JSON form.
+            TooLarge: the worker would refuse it for its size.
+            ConfigurationRefused: the message's queue is not in the topology.
+            amqp.exceptions.ChannelError: the broker refuses it or cannot route it (mandatory, confirmed).
+        """
+        if body is not self._body:  # a task-sent event, which Celery publishes through the same producer
+            return self._producer.publish(body, **options)
+        headers = options.pop("headers")
+        envelope = self._sign(body, headers, options)
+        if len(envelope) > self._hardening.settings.message_max_bytes:
+            raise TooLarge
+        for unsigned in ("serializer", "compression", "reply_to", "correlation_id"):
+            options.pop(unsigned, None)
+        return self._producer.publish(
+            envelope,
+            **options,
+            headers={
+                "task": headers["task"],
+                "id": headers["id"],
+            },  # for people who look at the queue; nobody trusts them
+            content_type=CONTENT_TYPE,
+            content_encoding="utf-8",
+            mandatory=True,
+        )
+
+    def _sign(self, body: Any, headers: dict[str, Any], options: dict[str, Any]) -> bytes:
+        args, kwargs, embed = body
+        signer = self._hardening.signer
+        now = int(time.time())
+        task = claims.task_fields(headers, options)
+        eta = claims.timestamp(task["eta"]) if "eta" in task else now
+        return signer.sign(
+            Type.TASK,
+            codec.encode(
+                {
+                    "iss": str(signer.identity),
+                    "aud": signer.identity.audience,
+                    "iat": now,
+                    "exp": int(max(now, eta)) + self._hardening.settings.message_max_age,
+                    "jti": claims.new_id(),
+                    "origin": self._origin(headers["id"]),
+                    "queue": self._queue(options.get("routing_key")),
+                    "task": task,
+                    "args": args,
+                    "kwargs": kwargs,
+                    "embed": embed,
+                }
+            ),
+        )
+
+    def _origin(self, task_id: str) -> str:
+        """Return on whose behalf: a retry keeps its caller, anything else is the signer's own."""
+        request = getattr(current_task, "request", None)
+        if request is not None and request.id == task_id and request.origin:
+            return str(request.origin)
+        return str(self._hardening.signer.identity)
+
+    def _queue(self, routing_key: Any) -> str:
+        queue = _DELAY_PREFIX.sub("", str(routing_key), count=1)
+        if queue not in self._hardening.queues:
+            raise ConfigurationRefused(
+                "queue",
+                f"there is no queue {queue!r} in the topology",
+                "add it, then run `make topology`",
+                "queue.unknown",
+            )
+        return queue
+
+
+class SigningAMQP:
+    """Mixed into the application's AMQP class by ``harden``."""
+
+    Connection = intake.Connection
+    app: Any
+
+    @cached_property
+    def send_task_message(self) -> Any:
+        """Celery's task sender, around a producer that signs."""
+        send = self._create_task_sender()  # type: ignore[attr-defined]  # of celery.app.amqp.AMQP
+        hardening: Hardening = self.app.hardening
+
+        def send_signed(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            return send(TaskProducer(producer, message.body, hardening), name, message, **options)
+
+        return send_signed

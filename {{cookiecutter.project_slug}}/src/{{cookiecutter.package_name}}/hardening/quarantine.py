@@ -1,0 +1,99 @@
+"""The quarantine: where refused messages go, with the reason, before they are acknowledged.
+
+Guards against: evidence and work lost by a refusal (stock Celery acknowledges and drops), refused messages that loop,
+and bodies printed to logs.
+Rests on: publisher confirms. Only after the broker has confirmed the copy is the original acknowledged; if it cannot be
+stored, the original is rejected to the dead-letter queue, whose length the broker bounds.
+Controls: AUT-5.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from . import audit, codec
+from .envelope import CONTENT_TYPE, Type
+from .errors import MessageRefused
+
+if TYPE_CHECKING:
+    from .harden import Hardening
+
+#: Seconds to wait for the broker's confirmation.
+CONFIRM_TIMEOUT = 10
+#: Longest body kept whole, in bytes; of a longer one its start and its hash are kept.
+BODY_MAX = 1024 * 1024
+_TEXT_MAX = 255
+
+
+class Quarantine:
+    """Stores refused messages of one application."""
+
+    def __init__(self, app: Any, hardening: Hardening) -> None:
+        self._app = app
+        self._hardening = hardening
+
+    def store(self, message: Any, refusal: MessageRefused) -> None:
+        """Record the refusal, publish the message to the quarantine, then acknowledge it. Never raises on content."""
+        claims = refusal.claims
+        audit.record(
+            audit.Event.MESSAGE_REFUSED,
+            code=refusal.code,
+            detail=refusal.detail,
+            signer=claims.iss if claims else None,
+            task=claims.task.name if claims else None,
+            id=claims.task.id if claims else None,
+            sha256=hashlib.sha256(_bytes(message.body)).hexdigest(),
+        )
+        try:
+            self._publish(self._record(message, refusal))
+        except Exception as error:  # whatever stops the copy must not stop the worker or lose the original
+            audit.record(audit.Event.QUARANTINE_FAILED, code=refusal.code, error=type(error).__name__)
+            message.reject(requeue=False)
+            return
+        message.ack()
+
+    def _publish(self, record: dict[str, Any]) -> None:
+        envelope = self._hardening.signer.sign(Type.QUARANTINE, codec.encode(record))
+        with self._app.producer_or_acquire() as producer:
+            producer.publish(
+                envelope,
+                exchange=self._hardening.topology.exchange,
+                routing_key=self._hardening.topology.quarantine,
+                content_type=CONTENT_TYPE,
+                content_encoding="utf-8",
+                delivery_mode=2,
+                mandatory=True,
+                retry=True,
+                retry_policy={"max_retries": 2, "interval_start": 0, "interval_step": 0.2},
+                confirm_timeout=CONFIRM_TIMEOUT,
+            )
+
+    def _record(self, message: Any, refusal: MessageRefused) -> dict[str, Any]:
+        body = _bytes(message.body)
+        delivery = message.delivery_info or {}
+        return {
+            "iss": str(self._hardening.signer.identity),
+            "aud": self._hardening.signer.identity.audience,
+            "iat": int(time.time()),
+            "code": refusal.code,
+            "detail": refusal.detail,
+            "delivery": {
+                name: str(delivery.get(name))[:_TEXT_MAX] for name in ("exchange", "routing_key", "redelivered")
+            },
+            "content_type": str(message.content_type)[:_TEXT_MAX],
+            "content_encoding": str(message.content_encoding)[:_TEXT_MAX],
+            "headers": ascii(message.headers)[: 16 * _TEXT_MAX],
+            "unparsed": base64.b64encode(message.unparsed[:BODY_MAX]).decode("ascii"),
+            "size": len(body),
+            "sha256": hashlib.sha256(body).hexdigest(),
+            "body": base64.b64encode(body[:BODY_MAX]).decode("ascii"),
+        }
+
+
+def _bytes(body: Any) -> bytes:
+    if isinstance(body, str):
+        return body.encode("utf-8", "surrogateescape")
+    return bytes(body) if isinstance(body, bytes | bytearray | memoryview) else ascii(body).encode("ascii")
