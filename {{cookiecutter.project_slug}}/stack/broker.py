@@ -1,0 +1,143 @@
+"""RabbitMQ on loopback, with ``deploy/rabbitmq/rabbitmq.conf`` and only ports and paths of its own.
+
+Guards against: touching a system's RabbitMQ (own node name, cookie, home, epmd), and listeners on other interfaces.
+Rests on: epmd being started here, before the node would start one that nobody ends.
+Controls: BRK-1, BRK-3, TLS-2.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+
+import amqp
+
+from .account import Account, write_own
+from .errors import StackFailed
+from .pki import Pair
+from .process import Process, start, wait_until
+
+# Debian's `rabbitmq-server` on the path is a wrapper that insists on the system's account: look behind it first.
+_SEARCH = os.pathsep.join(("/usr/lib/rabbitmq/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/opt/homebrew/sbin"))
+_LOOPBACK_ERLANG = "-kernel inet_dist_use_interface {127,0,0,1}"
+
+
+class Broker:
+    """One RabbitMQ node. Everything it writes is in ``folder``."""
+
+    def __init__(self, project: Path, folder: Path, ports: tuple[int, int, int], account: Account) -> None:
+        self.project = project
+        self.folder = folder
+        self.port, self._distribution_port, self._epmd_port = ports
+        self.account = account
+
+    @property
+    def _env(self) -> dict[str, str]:
+        home = self.folder / "home"
+        return {
+            "PATH": f"{Path(find('rabbitmq-server')).parent}:/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(home),
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "RABBITMQ_NODENAME": f"stack-{self._epmd_port}@localhost",
+            "RABBITMQ_DIST_PORT": str(self._distribution_port),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _LOOPBACK_ERLANG,
+            "RABBITMQ_CTL_ERL_ARGS": _LOOPBACK_ERLANG,
+            "RABBITMQ_CONF_ENV_FILE": str(self.folder / "no-env.conf"),
+            "RABBITMQ_CONFIG_FILE": str(self.project / "deploy/rabbitmq/rabbitmq.conf"),
+            "RABBITMQ_CONFIG_FILES": str(self.folder / "conf.d"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(self.folder / "no-advanced.config"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.project / "deploy/rabbitmq/enabled_plugins"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(home),
+            "RABBITMQ_MNESIA_BASE": str(home / "data"),
+            "RABBITMQ_LOG_BASE": str(home),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_PID_FILE": str(home / "pid"),
+        }
+
+    def configure(self, definitions: str, ca: Path, server: Pair) -> None:
+        """Write what is this stack's own: definitions, listener, paths, cookie."""
+        self.folder.mkdir(mode=0o711)
+        home = self.account.folder(self.folder / "home")
+        self.account.write(home / ".erlang.cookie", secrets.token_hex(32)).chmod(0o400)
+        loaded = self.account.write(self.folder / "definitions.json", definitions)
+        (self.folder / "conf.d").mkdir(mode=0o755)
+        write_own(
+            self.folder / "conf.d/90-stack.conf",
+            f"listeners.ssl.default = 127.0.0.1:{self.port}\n"
+            f"ssl_options.cacertfile = {ca}\n"
+            f"ssl_options.certfile = {server.certificate}\n"
+            f"ssl_options.keyfile = {server.key}\n"
+            f"load_definitions = {loaded}\n"
+            # A laptop has less to spare than a broker's own host.
+            "vm_memory_high_watermark.absolute = 512MB\n"
+            "disk_free_limit.absolute = 100MB\n",
+            0o644,
+        )
+
+    def start_port_mapper(self, log: Path) -> Process:
+        """Start the node's epmd."""
+        command = [find("epmd"), "-port", str(self._epmd_port), "-address", "127.0.0.1"]
+        return start("epmd", command, env=self._env, cwd=self.folder / "home", log=log, account=self.account)
+
+    def start(self, log: Path) -> Process:
+        """Start the node; it is not ready yet."""
+        command = [find("rabbitmq-server")]
+        return start("rabbitmq", command, env=self._env, cwd=self.folder / "home", log=log, account=self.account)
+
+    def wait(self, process: Process, vhost: str, ca: Path, client: Pair) -> None:
+        """Wait until an account can log in."""
+
+        def ready() -> bool:
+            process.require_alive()
+            connection = amqp.Connection(
+                f"127.0.0.1:{self.port}",
+                virtual_host=vhost,
+                login_method="EXTERNAL",
+                ssl={
+                    "ca_certs": str(ca),
+                    "certfile": str(client.certificate),
+                    "keyfile": str(client.key),
+                    "cert_reqs": ssl.CERT_REQUIRED,
+                    "server_hostname": "127.0.0.1",
+                },
+                connect_timeout=5,
+            )
+            try:
+                connection.connect()
+            except (OSError, amqp.AMQPError):
+                return False
+            finally:
+                connection.collect()
+            return True
+
+        wait_until(ready, f"RabbitMQ (see {process.log})", 90)
+
+    def control(self, *arguments: str) -> str:
+        """Run ``rabbitmqctl`` against this node and return its output."""
+        done = subprocess.run(
+            [find("rabbitmqctl"), "--quiet", *arguments],
+            env=self._env,
+            cwd=self.folder / "home",
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            **self.account.popen_options(),
+        )
+        if done.returncode:
+            raise StackFailed(f"rabbitmqctl {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+
+def find(program: str) -> str:
+    """Return where one of RabbitMQ's or Erlang's programs is."""
+    path = shutil.which(program, path=_SEARCH)
+    if path is None:
+        raise StackFailed(f"{program} is not installed")
+    return path

@@ -1,0 +1,152 @@
+"""A throw-away public key infrastructure: one CA for TLS, another one for signing, and what they issue.
+
+Guards against: a TLS certificate that passes for a signer, or the other way round: the two CAs do not know each other.
+Rests on: P-256 for CAs and TLS, Ed25519 for signers, a lifetime of a few days, CA keys that only their maker can read.
+Controls: TLS-1, TLS-2, SIG-6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from .account import Account, write_own
+
+LIFETIME = timedelta(days=7)
+#: Clocks differ, also between a host and its containers.
+SKEW = timedelta(minutes=5)
+
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The files of a certificate and its private key, both PEM."""
+
+    certificate: Path
+    key: Path
+
+
+class Authority:
+    """A certificate authority whose files, and those of what it issues, live in one folder."""
+
+    def __init__(self, folder: Path, name: str, account: Account) -> None:
+        """Make the key (mode 0600, ours) and the self-signed certificate ``<folder>/ca.pem``."""
+        folder.mkdir(mode=0o711, parents=True)
+        self.folder = folder
+        self.account = account
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        now = datetime.now(UTC)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.root = (
+            _builder(subject, subject, self.key, self.key, (now - SKEW, now + LIFETIME))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_key_usage("key_cert_sign", "crl_sign"), critical=True)
+            .sign(self.key, hashes.SHA256())
+        )
+        self.certificate = write_own(folder / "ca.pem", self.root.public_bytes(Encoding.PEM), 0o644)
+        write_own(folder / "ca-key.pem", _pem(self.key), 0o600)  # whoever runs unprivileged can issue nothing
+
+    def server(self, name: str, hosts: tuple[str, ...], valid: tuple[datetime, datetime] | None = None) -> Pair:
+        """Issue a TLS server certificate for these addresses and host names."""
+        return self._issue(name, ec.generate_private_key(ec.SECP256R1()), _hosts(hosts), ExtendedKeyUsageOID.SERVER_AUTH, valid)
+
+    def client(self, name: str, valid: tuple[datetime, datetime] | None = None) -> Pair:
+        """Issue a TLS client certificate; the common name is the account it logs in to."""
+        return self._issue(
+            name, ec.generate_private_key(ec.SECP256R1()), [x509.DNSName(name)], ExtendedKeyUsageOID.CLIENT_AUTH, valid
+        )
+
+    def signer(self, name: str, identity: str, valid: tuple[datetime, datetime] | None = None) -> Pair:
+        """Issue a signing certificate whose one subject alternative name is ``identity``, a SPIFFE ID."""
+        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity)]
+        return self._issue(name, ed25519.Ed25519PrivateKey.generate(), names, None, valid)
+
+    def _issue(
+        self,
+        name: str,
+        key: PrivateKey,
+        names: list[x509.GeneralName],
+        usage: x509.ObjectIdentifier | None,
+        valid: tuple[datetime, datetime] | None,
+    ) -> Pair:
+        now = datetime.now(UTC)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        builder = (
+            _builder(subject, self.root.subject, key, self.key, valid or (now - SKEW, now + LIFETIME))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage("digital_signature"), critical=True)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        )
+        if usage:
+            builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        certificate = builder.sign(self.key, hashes.SHA256())
+        return Pair(
+            write_own(self.folder / f"{name}.pem", certificate.public_bytes(Encoding.PEM), 0o644),
+            self.account.write(self.folder / f"{name}-key.pem", _pem(key)),
+        )
+
+
+class Pki:
+    """The stack's two authorities. ``authority()`` makes more of them, for tests of what must be refused."""
+
+    def __init__(self, folder: Path, account: Account) -> None:
+        folder.mkdir(mode=0o711)
+        self.folder = folder
+        self.account = account
+        self.tls = self.authority("tls")
+        self.signing = self.authority("signing")
+        # A folder of trust anchors and of nothing else.
+        self.store = folder / "signing-store"
+        self.store.mkdir(mode=0o755)
+        write_own(self.store / "ca.pem", self.signing.certificate.read_bytes(), 0o644)
+
+    def authority(self, name: str) -> Authority:
+        """Make an authority of its own key in ``<folder>/<name>``."""
+        return Authority(self.folder / name, f"throw-away {name} CA", self.account)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: PrivateKey, issuer_key: PrivateKey, valid: tuple[datetime, datetime]
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(valid[0])
+        .not_valid_after(valid[1])
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+    )
+
+
+def _key_usage(*usages: str) -> x509.KeyUsage:
+    every = (
+        "digital_signature content_commitment key_encipherment data_encipherment key_agreement key_cert_sign crl_sign "
+        "encipher_only decipher_only"
+    ).split()
+    return x509.KeyUsage(**{usage: usage in usages for usage in every})
+
+
+def _hosts(hosts: tuple[str, ...]) -> list[x509.GeneralName]:
+    names: list[x509.GeneralName] = []
+    for host in hosts:
+        try:
+            names.append(x509.IPAddress(ip_address(host)))
+        except ValueError:
+            names.append(x509.DNSName(host))
+    return names
+
+
+def _pem(key: PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
