@@ -25,6 +25,7 @@ class Event(StrEnum):
     WEAKENED = "hardening.weakened"
     MESSAGE_REFUSED = "message.refused"
     QUARANTINE_FAILED = "quarantine.failed"
+    CALLER_NOT_TOLD = "caller.not-told"
     RESULT_REFUSED = "result.refused"
 
 

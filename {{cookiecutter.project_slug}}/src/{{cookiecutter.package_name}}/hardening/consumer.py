@@ -12,18 +12,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
-from celery.utils.log import get_logger
 from celery.worker.consumer.consumer import Consumer
 
 from . import audit
-from .errors import ConfigurationRefused, MessageRefused
+from .errors import ConfigurationRefused
 from .gate import Gate
-from .quarantine import Quarantine
 
 if TYPE_CHECKING:
     from .harden import Hardening
-
-logger = get_logger(__name__)
 
 
 class HardenedConsumer(Consumer):
@@ -41,29 +37,17 @@ class HardenedConsumer(Consumer):
         # a foreign reply breaks start-up. Heartbeats are events too. None of the three can be told to verify.
         super().__init__(*args, **{**kwargs, "without_gossip": True, "without_mingle": True, "without_heartbeat": True})
         self._gate = Gate(self.app, self.app.hardening)
-        self._quarantine = Quarantine(self.app, self.app.hardening)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Return Celery's handler behind the gate."""
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> None:
-            try:
-                admitted = self._gate.admit(message)
-            except MessageRefused as refusal:
-                self._refuse(message, refusal)
-            else:
+            admitted = self._gate.receive(message)
+            if admitted is not None:
                 handle(admitted)
 
         return on_task_received
-
-    def _refuse(self, message: Any, refusal: MessageRefused) -> None:
-        try:
-            if refusal.claims is not None:
-                self.app.backend.store_refusal(refusal)
-        except Exception as error:  # the backend being away must not stop the refusal
-            logger.error("could not tell the caller of a refusal: %s", type(error).__name__)
-        self._quarantine.store(message, refusal)
 
 
 class Preflight(bootsteps.Step):

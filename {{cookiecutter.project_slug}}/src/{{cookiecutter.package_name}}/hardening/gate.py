@@ -27,6 +27,7 @@ from .errors import (
     WrongQueue,
 )
 from .identity import Identity
+from .quarantine import Quarantine
 
 if TYPE_CHECKING:
     from .harden import Hardening
@@ -38,6 +39,15 @@ class Gate:
     def __init__(self, app: Any, hardening: Hardening) -> None:
         self._app = app
         self._hardening = hardening
+        self._quarantine = Quarantine(app, hardening)
+
+    def receive(self, message: Any) -> Admitted | None:
+        """Return what Celery may act on, or None when the message was refused and has gone to the quarantine."""
+        try:
+            return self.admit(message)
+        except MessageRefused as refusal:
+            self._quarantine.store(message, refusal)
+            return None
 
     def admit(self, message: Any) -> Admitted:
         """Verify ``message`` and return what Celery may act on.

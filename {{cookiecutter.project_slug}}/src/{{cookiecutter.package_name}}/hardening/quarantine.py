@@ -36,7 +36,10 @@ class Quarantine:
         self._hardening = hardening
 
     def store(self, message: Any, refusal: MessageRefused) -> None:
-        """Record the refusal, publish the message to the quarantine, then acknowledge it. Never raises on content."""
+        """Record the refusal, tell a genuine caller, publish the message to the quarantine, then acknowledge it.
+
+        Never raises because of what the message holds, or because broker or backend are away.
+        """
         claims = refusal.claims
         audit.record(
             audit.Event.MESSAGE_REFUSED,
@@ -47,6 +50,7 @@ class Quarantine:
             id=claims.task.id if claims else None,
             sha256=hashlib.sha256(_bytes(message.body)).hexdigest(),
         )
+        self._tell_caller(refusal)
         try:
             self._publish(self._record(message, refusal))
         except Exception as error:  # whatever stops the copy must not stop the worker or lose the original
@@ -54,6 +58,13 @@ class Quarantine:
             message.reject(requeue=False)
             return
         message.ack()
+
+    def _tell_caller(self, refusal: MessageRefused) -> None:
+        try:
+            if refusal.claims is not None:
+                self._app.backend.store_refusal(refusal)
+        except Exception as error:  # the caller then waits until its timeout; the refusal itself stands
+            audit.record(audit.Event.CALLER_NOT_TOLD, code=refusal.code, error=type(error).__name__)
 
     def _publish(self, record: dict[str, Any]) -> None:
         envelope = self._hardening.signer.sign(Type.QUARANTINE, codec.encode(record))

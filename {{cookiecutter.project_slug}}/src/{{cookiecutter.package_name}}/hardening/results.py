@@ -189,8 +189,8 @@ class SignedMemoryBackend(SignedResults, CacheBackend):
     """Celery's in-memory cache backend with signed results, for tests."""
 
 
-#: Result backends by URL scheme; ``harden`` gives them to Celery's loader.
-BACKENDS = {"rediss": SignedRedisBackend, "cache": SignedMemoryBackend}
+#: Result backends by URL scheme; ``harden`` gives them to Celery's loader, which wants names.
+BACKENDS = {"rediss": f"{__name__}:SignedRedisBackend", "cache": f"{__name__}:SignedMemoryBackend"}
 
 
 def _kind(data: Any) -> tuple[str, str] | None:

@@ -1,0 +1,55 @@
+"""The one place where the tests name the package; everything else imports from here."""
+
+from {{ cookiecutter.package_name }} import hardening
+from {{ cookiecutter.package_name }}.hardening import (
+    audit,
+    claims,
+    codec,
+    consumer,
+    envelope,
+    errors,
+    explain,
+    files,
+    gate,
+    identity,
+    intake,
+    keys,
+    policy,
+    quarantine,
+    redis_tls,
+    render,
+    results,
+    strict,
+    tls,
+    topology,
+    trust,
+)
+from {{ cookiecutter.package_name }}.settings import Settings
+from {{ cookiecutter.package_name }}.tasks import documents
+
+__all__ = [
+    "Settings",
+    "audit",
+    "claims",
+    "codec",
+    "consumer",
+    "documents",
+    "envelope",
+    "errors",
+    "explain",
+    "files",
+    "gate",
+    "hardening",
+    "identity",
+    "intake",
+    "keys",
+    "policy",
+    "quarantine",
+    "redis_tls",
+    "render",
+    "results",
+    "strict",
+    "tls",
+    "topology",
+    "trust",
+]
