@@ -1,11 +1,12 @@
-"""The rules for answers, applied before Cookiecutter has created anything, and the filters that write them into files.
+"""The rules for answers, applied before anything is created, and the filters that write answers into files.
 
-Guards against: an answer that is a template (Cookiecutter renders each value given with ``--no-input``, ``key=value``
-or a user configuration, and ``cruft update`` renders the stored ones again, in an unsandboxed Jinja, so whoever
-chooses one would run code before the first hook); a slug that is a path (Cookiecutter creates the folder, parents
-included, before the first hook); answers that break files, hide text or name something that exists already.
-Rests on: Jinja calling ``preprocess`` for every source before it is compiled, nothing but files having a name there,
-and ``cookiecutter.json`` ending with a value that applies ``checked``.
+Guards against: an answer that is a template (Cookiecutter renders each value given with ``--no-input``,
+``key=value`` or a user configuration, and ``cruft update`` renders the stored ones again, in an unsandboxed
+Jinja: whoever chooses one would run code before the first hook); a slug that is a path (Cookiecutter creates
+the folder, parents included, before the first hook); answers that break files, hide text or name something
+that exists already.
+Rests on: Jinja calling ``preprocess`` for every source before it is compiled, nothing but files having a name
+there, and ``cookiecutter.json`` ending with a value that applies ``checked``.
 Controls: TPL-1, TPL-2.
 """
 
@@ -26,7 +27,8 @@ from jinja2.ext import Extension
 OURS = re.compile(
     r"\{\{ cookiecutter\.project_name \| slugify \}\}"
     r"|\{\{ cookiecutter\.project_slug \| replace\('-', '_'\) \}\}"
-    r"|\{\{ cookiecutter \| (checked|jsonify \| jsonify) \}\}"
+    r"|\{\{ cookiecutter \| checked \}\}"
+    r"|\{\{cookiecutter \| jsonify \| jsonify\}\}"
     r"|\{\{cookiecutter\.(project_slug|package_name)\}\}"
 )
 SYNTAX = re.compile(r"\{[%#{]")
@@ -35,13 +37,13 @@ LONGEST = {"project_name": 60, "description": 200, "author": 100}
 SLUG = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 PACKAGE = re.compile(r"[a-z][a-z0-9_]*")
 
-# Top-level names that the generated project imports or provides: a package of that name would hide or be hidden.
+# Modules that the generated project has or installs: a package of that name would hide one or be hidden.
 TAKEN = frozenset(
     """
     stack attacks tests test tools src hardening cookiecutter
     celery kombu amqp billiard vine redis cryptography cffi pydantic pydantic_core pydantic_settings dotenv
-    click click_didyoumean click_plugins click_repl prompt_toolkit wcwidth dateutil six tzdata tzlocal async_timeout
-    annotated_types typing_extensions typing_inspection packaging pycparser
+    click click_didyoumean click_plugins click_repl prompt_toolkit wcwidth dateutil six tzdata tzlocal
+    async_timeout annotated_types typing_extensions typing_inspection packaging pycparser
     pytest pytest_timeout pluggy iniconfig pygments hypothesis sortedcontainers
     ruff mypy mypyc mypy_extensions pathspec librt uv
     django asgiref sqlparse jwt joserfc pip setuptools wheel pkg_resources
@@ -66,8 +68,8 @@ def refusals(answers: Mapping[str, str]) -> Iterator[str]:
     slug, package = answers["project_slug"], answers["package_name"]
     if len(slug) > 40 or not SLUG.fullmatch(slug):
         yield (
-            "project_slug: it must begin with a letter out of a-z and go on with a-z, 0-9 and single hyphens, "
-            "at most 40 in all; choose another project_name or set project_slug."
+            "project_slug: it must begin with a letter out of a-z and go on with a-z, 0-9 and single "
+            "hyphens, at most 40 in all; choose another project_name or set project_slug."
         )
     elif len(package) > 40 or not PACKAGE.fullmatch(package):
         yield (
@@ -107,7 +109,8 @@ class Answers(Extension):
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
         """Refuse what is not a file and holds other expressions than this template's own."""
-        if name is None and SYNTAX.search(OURS.sub("{", source)):  # "{": one more brace in front is syntax again
+        # Ours become "{", so that one more brace in front of them is found too.
+        if name is None and SYNTAX.search(OURS.sub("{", source)):
             raise FailedHookException(
                 "An answer holds template syntax ('{{', '{%' or '{#'), which would be executed; leave it out."
             )

@@ -9,7 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
-ANSWERS = json.loads({{ cookiecutter | jsonify | jsonify }})
+ANSWERS = json.loads({{cookiecutter | jsonify | jsonify}})
 
 # question -> answer -> {path in the template: path in the project}. Not chosen: dropped, file or folder.
 PARTS = {

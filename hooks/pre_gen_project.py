@@ -1,7 +1,7 @@
 """Refuse bad answers where Cookiecutter did not ask for them: those of a replay file.
 
-Rendering the last line applies the rules, which are in ``secure_celery_answers.py``; Cookiecutter then removes the
-folder. Everywhere else they were applied before that folder was made, which is why they are not in this file.
+Rendering the last line applies the rules of ``secure_celery_answers.py``; Cookiecutter removes its folder.
+Other answers were checked before that folder was made, which is why the rules are not in this file.
 Controls: TPL-2.
 """
 

@@ -1,0 +1,87 @@
+"""Bake projects, in folders that the unprivileged user of their stack can reach."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cookiecutter.main import cookiecutter
+
+TEMPLATE = Path(__file__).resolve().parent.parent
+PROJECT = TEMPLATE / "{{cookiecutter.project_slug}}"
+LICENCES = ("MIT", "Apache-2.0", "BSD-3-Clause", "Proprietary")
+LONG = {
+    "project_name": "The quite remarkably long and winding name of a service 2026",
+    "project_slug": "a-service-with-forty-characters-in-it-yo",
+    "package_name": "a_service_with_forty_characters_in_it_yo",
+}
+# What working in the template leaves behind; it is in no clone and no zip.
+LEFTOVERS = shutil.ignore_patterns(
+    "__pycache__", ".*_cache", ".venv", ".hypothesis", ".stack", "reports", "build", ".git"
+)
+
+
+def bake(output: Path, template: Path | str = TEMPLATE, **answers: str) -> Path:
+    """Bake with these answers and otherwise the defaults; Cookiecutter's own files go beside the project."""
+    own = output.parent / f"{output.name}-cookiecutter"
+    own.mkdir(exist_ok=True)
+    configuration = own / "config.yaml"
+    configuration.write_text(f"cookiecutters_dir: {own}/templates\nreplay_dir: {own}/replay\n", encoding="utf-8")
+    return Path(
+        cookiecutter(
+            str(template),
+            no_input=True,
+            extra_context=answers,
+            output_dir=str(output),
+            config_file=str(configuration),
+        )
+    )
+
+
+def reachable(folder: Path) -> bool:
+    """Whether somebody who is neither owner nor group may enter this folder."""
+    return all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.parents) if path.exists())
+
+
+@contextmanager
+def workshop(name: str) -> Iterator[Path]:
+    """Give a folder for a project with a running stack: in ``build/``, so that a second run finds its ``.venv``.
+
+    As root the stack's servers are another user's, who cannot enter a closed home: then it is a temporary folder.
+    """
+    if os.getuid() != 0 or reachable(TEMPLATE):
+        folder = TEMPLATE / "build" / name
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        yield folder
+        return
+    print(
+        f"{TEMPLATE} is closed to the stack's unprivileged user; working in a temporary folder",
+        file=sys.stderr,
+    )
+    with tempfile.TemporaryDirectory(prefix=f"secure-celery-{name}-", dir="/var/tmp") as temporary:
+        folder = Path(temporary)
+        folder.chmod(0o755)
+        yield folder
+
+
+def bake_again(workshop: Path) -> Path:
+    """Bake the default project where an earlier one may be; end its stack and keep only its environment."""
+    project = workshop / "my-service"
+    environment = workshop / "venv"
+    if (project / ".stack").is_dir():
+        subprocess.run(["make", "down"], cwd=project, check=True)
+    if (project / ".venv").is_dir():
+        shutil.rmtree(environment, ignore_errors=True)
+        (project / ".venv").rename(environment)
+    shutil.rmtree(project, ignore_errors=True)
+    project = bake(workshop)
+    if environment.is_dir():
+        environment.rename(project / ".venv")
+    return project

@@ -1,0 +1,36 @@
+"""Fixtures: a clean copy of the template, a baked tree to read, and a project to run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .baking import LEFTOVERS, LONG, TEMPLATE, bake, bake_again, workshop
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the template as a clone has it, without what working in it left behind."""
+    return Path(shutil.copytree(TEMPLATE, tmp_path_factory.mktemp("template") / "secure-celery", ignore=LEFTOVERS))
+
+
+@pytest.fixture(scope="session")
+def default(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bake the default project, to be read only."""
+    return bake(tmp_path_factory.mktemp("default"), template)
+
+
+@pytest.fixture(scope="session")
+def long(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bake a project whose names are as long as they may be, to be read only."""
+    return bake(tmp_path_factory.mktemp("long"), template, **LONG)
+
+
+@pytest.fixture(scope="session")
+def project() -> Iterator[Path]:
+    """Bake the default project where its stack's unprivileged user can reach it."""
+    with workshop("test") as folder:
+        yield bake_again(folder)
