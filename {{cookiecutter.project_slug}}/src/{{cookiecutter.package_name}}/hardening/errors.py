@@ -35,21 +35,38 @@ class Refused(Exception):
 
 
 class ConfigurationRefused(Refused, SecurityError):
-    """A setting is missing, malformed or insecure.
+    """A setting is missing, malformed or insecure; ``str()`` is one sentence: setting, reason, fix, code.
 
     A :exc:`celery.exceptions.SecurityError` too, because ``celery worker`` prints those as one sentence and exits 1.
     """
 
     code = "config.invalid"
-    fix = "Change the setting as the sentence says."
+    fix = "The sentence says what to change."
 
     def __init__(self, setting: str, reason: str, fix: str, code: str = "config.invalid") -> None:
-        super().__init__(reason)
+        super().__init__(f"{setting}: {reason}; {fix} [{code}]")
         self.setting, self.reason, self.fix, self.code = setting, reason, fix, code
 
     def __str__(self) -> str:
-        """Return one sentence: setting, reason, fix, code."""
-        return f"{self.setting}: {self.reason}; {self.fix} [{self.code}]"
+        """Return the sentence."""
+        return self.detail
+
+
+#: What the codes of :exc:`ConfigurationRefused` are about.
+CONFIGURATION_CODES = {
+    "config.invalid": "A setting is missing or malformed.",
+    "config.tls": "A connection would be plain, unverified, or configured by something else than the TLS builder.",
+    "config.file": "A file is missing, unreadable, not what it should be, or replaceable by every user of the host.",
+    "config.key-permissions": "Others on this host can read a private key or a password.",
+    "config.trust": "The certificate store is empty, a system store, or holds what is no certificate.",
+    "config.topology": "topology.toml cannot be read, or says something unknown or inconsistent.",
+    "config.changed": "Something changed the Celery configuration after harden().",
+    "config.stock-signing": "setup_security() would put Celery's own signing back.",
+    "queue.unknown": "A message was sent to a queue that is not in the topology.",
+    "task.unannotated": "A task has an argument without an annotation, or one that cannot be validated.",
+    "worker.root": "A worker was started as root.",
+    "worker.identity": "A worker was started with a certificate that is no pool's of the topology.",
+}
 
 
 class MessageRefused(Refused):

@@ -13,10 +13,11 @@ import sys
 from . import errors
 
 
-def catalogue() -> dict[str, type[errors.Refused]]:
-    """Return every refusal by its code."""
-    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.Refused)]
-    return {c.code: c for c in classes}
+def catalogue() -> dict[str, tuple[str, str]]:
+    """Return cause and fix of every refusal by its code."""
+    configuration = {code: (cause, errors.ConfigurationRefused.fix) for code, cause in errors.CONFIGURATION_CODES.items()}
+    leaves = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.Refused)]
+    return {c.code: (inspect.getdoc(c) or "", c.fix) for c in leaves} | configuration
 
 
 def main(arguments: list[str]) -> int:
@@ -24,13 +25,13 @@ def main(arguments: list[str]) -> int:
     known = catalogue()
     if not arguments:
         for code in sorted(known):
-            print(f"{code:20} {inspect.getdoc(known[code])}".partition("\n")[0])
+            print(f"{code:24} {known[code][0]}".partition("\n")[0])
         return 0
-    refusal = known.get(arguments[0])
-    if refusal is None:
+    if arguments[0] not in known:
         print(f"{arguments[0]!r} is no code; run without an argument for the list", file=sys.stderr)
         return 1
-    print(f"{inspect.getdoc(refusal)}\nFix: {refusal.fix}")
+    cause, fix = known[arguments[0]]
+    print(f"{cause}\n\nFix: {fix}")
     return 0
 
 

@@ -71,6 +71,14 @@ class Hardening:
         pool = self.topology.pools.get(identity.account) if identity.role is Role.WORKER else None
         return frozenset(self.topology.queue(name).broker_name for name in (pool.queues if pool else ()))
 
+    def load(self) -> None:
+        """Read every file now, so that a wrong one stops the start and not the first message.
+
+        Raises:
+            ConfigurationRefused: one of them is missing, insecure or malformed.
+        """
+        _ = self.signer, self.verifier, self.topology, self.policy, self.settings.tls
+
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold; nothing may set them differently."""
         topology = self.topology
@@ -176,6 +184,7 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
             "security_digest", "the algorithm follows from the signer's key", "remove the setting"
         )
     hardening = Hardening(settings, strict_arguments)
+    hardening.load()
     app.hardening = hardening
     app.loader.override_backends = {**app.loader.override_backends, **BACKENDS}
     app.amqp_cls = type("SigningAMQP", (SigningAMQP, symbol_by_name(app.amqp_cls)), {})
