@@ -18,7 +18,8 @@ def main() -> int:
     parser.add_argument("command", choices=["up", "down", "status"])
     parser.add_argument("--folder", type=Path, help="where everything goes (default: .stack)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     try:
         stack = Stack(Path.cwd(), options.folder)
         if options.command == "down":
@@ -42,11 +43,12 @@ def _print_status(stack: Stack) -> int:
     if not rows:
         print("nothing is up; `make up` starts it")
         return 3
-    for name, pid, alive, log in rows:
-        print(f"{name:12} {'up' if alive else 'ENDED':6} {pid:>8}  {log}")
+    for process, port in rows:
+        where = f"127.0.0.1:{port}" if port else ""
+        print(f"{process.name:10} {'up' if process.alive() else 'ENDED':6} {process.pid:>8}  {where:16} {process.log}")
     for file in sorted(stack.folder.glob("*.env")):
-        print(f"{file.stem:12} settings         {file}")
-    return 0 if all(alive for _, _, alive, _ in rows) else 3
+        print(f"{file.stem:10} settings                          {file}")
+    return 0 if all(process.alive() for process, _ in rows) else 3
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

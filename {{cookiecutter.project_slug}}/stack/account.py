@@ -54,37 +54,35 @@ class Account:
         path.mkdir(mode=0o700)
         return self.give(path)
 
-    def require_reachable(self, project: Path) -> None:
-        """Check that the account can read the project and run our interpreter with what is installed for it.
+    def require_reachable(self, project: Path, folder: Path) -> None:
+        """Check that the account can read the project, enter the stack's folder and run our interpreter.
 
         Raises:
             StackFailed: one sentence saying what it cannot reach.
         """
+        check = "import celery, os, sys; open(sys.argv[1]).close(); os.stat(sys.argv[2])"
+        command = [sys.executable, "-c", check, str(project / "topology.toml"), str(folder / "lock")]
+        options: dict[str, Any] = {"cwd": project, "env": {"PATH": os.defpath}, "capture_output": True, "text": True}
         try:
-            probe = subprocess.run(
-                [sys.executable, "-c", "import celery, sys; open(sys.argv[1]).close()", project / "topology.toml"],
-                cwd=project,
-                env={"PATH": os.defpath},
-                capture_output=True,
-                text=True,
-                check=False,
-                **self.popen_options(),
-            )
-        except OSError:
-            self._explain(project)
-            raise
-        if probe.returncode:
-            self._explain(project)
-            raise StackFailed(f"{sys.executable} does not work for {self.name!r}: {probe.stderr.strip()[-500:]}")
-
-    def _explain(self, project: Path) -> None:
+            done = subprocess.run(command, check=False, **options, **self.popen_options())
+            if done.returncode == 0:
+                return
+            error = str(done.stderr)
+        except PermissionError as failed:
+            error = str(failed)
+        elsewhere = "move it to where everyone may enter, or do not run the stack as root"
+        python = "make the virtual environment with a Python that everyone may run, such as /usr/bin/python3"
+        interpreter = Path(sys.executable)
         for path, advice in (
-            (project, "move the project to a folder that everyone may enter, or do not run the stack as root"),
-            (Path(sys.executable).resolve(), "make the virtual environment with another one, such as /usr/bin/python3"),
+            (project, elsewhere),
+            (folder, elsewhere),
+            (interpreter, python),
+            (interpreter.resolve(), python),
         ):
             for parent in reversed((path, *path.parents)):
                 if not self._may_enter(parent):
-                    raise StackFailed(f"{self.name!r} cannot reach {path}, because of the mode of {parent}: {advice}")
+                    raise StackFailed(f"{self.name!r} cannot reach {path}, for the mode of {parent}: {advice}")
+        raise StackFailed(f"{interpreter} does not work for {self.name!r}: {error.strip()[-500:]}")
 
     def _may_enter(self, path: Path) -> bool:
         status = path.stat()

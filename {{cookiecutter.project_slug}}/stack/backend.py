@@ -68,7 +68,7 @@ class Backend:
 
     def start(self, log: Path) -> Process:
         """Start the server; it is not ready yet."""
-        command = [find(), self.folder / "redis.conf"]
+        command = [find_server(), str(self.folder / "redis.conf")]
         env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         return start("redis", command, env=env, cwd=self.folder / "home", log=log, account=self.account)
 
@@ -84,7 +84,7 @@ class Backend:
 
         wait_until(ready, f"Redis (see {process.log})", 30)
 
-    def administrator(self, ca: Path, client: Pair) -> redis.Redis[str]:
+    def administrator(self, ca: Path, client: Pair) -> redis.Redis:
         """Connect with all rights."""
         return redis.Redis(
             host="127.0.0.1",
@@ -108,7 +108,7 @@ def as_lines(reply: Any) -> str:
     return "" if reply is None else str(reply)
 
 
-def find() -> str:
+def find_server() -> str:
     """Return where the server's program is."""
     path = shutil.which("redis-server")
     if path is None:

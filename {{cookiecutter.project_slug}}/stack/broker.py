@@ -12,6 +12,7 @@ import secrets
 import shutil
 import ssl
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import amqp
@@ -22,32 +23,34 @@ from .pki import Pair
 from .process import Process, start, wait_until
 
 # Debian's `rabbitmq-server` on the path is a wrapper that insists on the system's account: look behind it first.
-_SEARCH = os.pathsep.join(("/usr/lib/rabbitmq/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/opt/homebrew/sbin"))
-_LOOPBACK_ERLANG = "-kernel inet_dist_use_interface {127,0,0,1}"
+_SEARCH = os.pathsep.join(
+    ("/usr/lib/rabbitmq/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/opt/homebrew/sbin")
+)
 
 
 class Broker:
     """One RabbitMQ node. Everything it writes is in ``folder``."""
 
-    def __init__(self, project: Path, folder: Path, ports: tuple[int, int, int], account: Account) -> None:
+    def __init__(self, project: Path, folder: Path, ports: Mapping[str, int], account: Account) -> None:
         self.project = project
         self.folder = folder
-        self.port, self._distribution_port, self._epmd_port = ports
+        self.port = ports["rabbitmq"]
+        self._distribution_port = ports["distribution"]
+        self._epmd_port = ports["epmd"]
         self.account = account
 
     @property
     def _env(self) -> dict[str, str]:
         home = self.folder / "home"
         return {
-            "PATH": f"{Path(find('rabbitmq-server')).parent}:/usr/local/bin:/usr/bin:/bin",
+            "PATH": f"{Path(find_server()).parent}:/usr/local/bin:/usr/bin:/bin",
             "HOME": str(home),
             "LANG": "C.UTF-8",
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(self._epmd_port),
             "RABBITMQ_NODENAME": f"stack-{self._epmd_port}@localhost",
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _LOOPBACK_ERLANG,
-            "RABBITMQ_CTL_ERL_ARGS": _LOOPBACK_ERLANG,
+            "RABBITMQ_CTL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
             "RABBITMQ_CONF_ENV_FILE": str(self.folder / "no-env.conf"),
             "RABBITMQ_CONFIG_FILE": str(self.project / "deploy/rabbitmq/rabbitmq.conf"),
             "RABBITMQ_CONFIG_FILES": str(self.folder / "conf.d"),
@@ -82,12 +85,12 @@ class Broker:
 
     def start_port_mapper(self, log: Path) -> Process:
         """Start the node's epmd."""
-        command = [find("epmd"), "-port", str(self._epmd_port), "-address", "127.0.0.1"]
+        command = [_find("epmd"), "-port", str(self._epmd_port), "-address", "127.0.0.1"]
         return start("epmd", command, env=self._env, cwd=self.folder / "home", log=log, account=self.account)
 
     def start(self, log: Path) -> Process:
         """Start the node; it is not ready yet."""
-        command = [find("rabbitmq-server")]
+        command = [find_server()]
         return start("rabbitmq", command, env=self._env, cwd=self.folder / "home", log=log, account=self.account)
 
     def wait(self, process: Process, vhost: str, ca: Path, client: Pair) -> None:
@@ -120,8 +123,8 @@ class Broker:
 
     def control(self, *arguments: str) -> str:
         """Run ``rabbitmqctl`` against this node and return its output."""
-        done = subprocess.run(
-            [find("rabbitmqctl"), "--quiet", *arguments],
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            [_find("rabbitmqctl"), "--quiet", *arguments],
             env=self._env,
             cwd=self.folder / "home",
             capture_output=True,
@@ -135,8 +138,12 @@ class Broker:
         return done.stdout
 
 
-def find(program: str) -> str:
-    """Return where one of RabbitMQ's or Erlang's programs is."""
+def find_server() -> str:
+    """Return where the server's program is."""
+    return _find("rabbitmq-server")
+
+
+def _find(program: str) -> str:
     path = shutil.which(program, path=_SEARCH)
     if path is None:
         raise StackFailed(f"{program} is not installed")

@@ -7,6 +7,7 @@ Controls: TLS-1, TLS-2, SIG-6.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -57,7 +58,9 @@ class Authority:
 
     def server(self, name: str, hosts: tuple[str, ...], valid: tuple[datetime, datetime] | None = None) -> Pair:
         """Issue a TLS server certificate for these addresses and host names."""
-        return self._issue(name, ec.generate_private_key(ec.SECP256R1()), _hosts(hosts), ExtendedKeyUsageOID.SERVER_AUTH, valid)
+        return self._issue(
+            name, ec.generate_private_key(ec.SECP256R1()), _hosts(hosts), ExtendedKeyUsageOID.SERVER_AUTH, valid
+        )
 
     def client(self, name: str, valid: tuple[datetime, datetime] | None = None) -> Pair:
         """Issue a TLS client certificate; the common name is the account it logs in to."""
@@ -131,10 +134,7 @@ def _builder(
 
 
 def _key_usage(*usages: str) -> x509.KeyUsage:
-    every = (
-        "digital_signature content_commitment key_encipherment data_encipherment key_agreement key_cert_sign crl_sign "
-        "encipher_only decipher_only"
-    ).split()
+    every = list(inspect.signature(x509.KeyUsage).parameters)
     return x509.KeyUsage(**{usage: usage in usages for usage in every})
 
 

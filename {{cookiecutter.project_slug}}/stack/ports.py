@@ -14,7 +14,7 @@ _RANGE = range(20_000, 32_000)
 def free_ports(count: int) -> list[int]:
     """Choose ports that nothing listens on at the moment."""
     ports: list[int] = []
-    for port in random.sample(_RANGE, 1000):  # noqa: S311 - not a secret: only two stacks should seldom agree
+    for port in random.sample(_RANGE, 1000):  # so that two stacks that start at once seldom agree
         with socket.socket() as listener:
             try:
                 listener.bind(("127.0.0.1", port))

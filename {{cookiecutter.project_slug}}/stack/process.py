@@ -1,8 +1,8 @@
-"""Starts processes in sessions of their own, and ends exactly those.
+"""Starts processes in sessions of their own, and ends exactly those and their descendants.
 
 Guards against: ending somebody else's process because its number was used again, and leaving children behind.
-Rests on: ``/proc``. A process is known by number *and* start time; its children by its session, whose number the kernel
-does not give away while one of them lives; and all of it by the machine's boot.
+Rests on: ``/proc``. A process is known by number *and* start time; its descendants by their parents, and orphans among
+them by the session, whose number the kernel does not give away while one of its members lives.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,49 +24,44 @@ _children: dict[int, subprocess.Popen[bytes]] = {}
 
 @dataclass(frozen=True)
 class Process:
-    """A process that was started here, also by an earlier command: what it is known by, and its log."""
+    """A process that was started here, perhaps by an earlier command: what it is known by, and its log."""
 
     name: str
     pid: int
-    started: int
+    started: int  # clock ticks since boot
     boot: str
     log: str
 
     def alive(self) -> bool:
         """Whether the process itself runs."""
-        if (child := _children.get(self.pid)) is not None:
-            child.poll()  # a child that ended is ours to collect
-        status = _status(self.pid)
-        return self.boot == _boot() and status is not None and status.started == self.started and not status.zombie
+        return self._is_ours(_processes().get(self.pid))
 
-    def members(self) -> list[int]:
-        """The processes of its session that still run, itself included."""
-        if (child := _children.get(self.pid)) is not None:
-            child.poll()
-        leader = _status(self.pid)
+    def family(self) -> set[tuple[int, int]]:
+        """Number and start time of everything that runs of it: itself, its session, and its descendants."""
+        processes = _processes()
+        leader = processes.get(self.pid)
         if self.boot != _boot() or (leader is not None and leader.started != self.started):
-            return []
-        return [
-            pid
-            for pid, status in _processes()
-            if status.session == self.pid and status.started >= self.started and not status.zombie
-        ]
+            return set()
+        family = {pid for pid, status in processes.items() if status.session == self.pid} | (
+            {self.pid} & set(processes)
+        )
+        while more := {pid for pid, status in processes.items() if status.parent in family} - family:
+            family |= more
+        return {(pid, processes[pid].started) for pid in family}
 
     def stop(self) -> None:
-        """End the process and all of its session: first politely, then not."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            targets = [self.pid] if number == signal.SIGTERM and self.alive() else self.members()
-            for pid in targets:
-                try:
-                    os.kill(pid, number)
-                except ProcessLookupError:
-                    continue
-            try:
-                wait_until(lambda: not self.members(), f"{self.name} to end", _GRACE)
-            except StackFailed:
-                continue
-            return
-        raise StackFailed(f"{self.name} (process {self.pid}) does not end")
+        """End the process and its family: first politely, then not."""
+        family = self.family()
+        if self.alive():
+            os.kill(self.pid, signal.SIGTERM)
+        if not _gone(family, _GRACE):
+            family |= self.family()
+            for pid in _running(family):
+                os.kill(pid, signal.SIGKILL)
+            if not _gone(family, _GRACE):
+                raise StackFailed(f"{self.name} (process {self.pid}) does not end")
+        if child := _children.pop(self.pid, None):
+            child.wait()
 
     def last_lines(self, count: int = 15) -> str:
         """The end of its log, for a message to a person."""
@@ -81,12 +76,15 @@ class Process:
         if not self.alive():
             raise StackFailed(f"{self.name} ended; the last lines of {self.log}:\n{self.last_lines()}")
 
+    def _is_ours(self, status: _Status | None) -> bool:
+        return status is not None and status.started == self.started and self.boot == _boot()
+
 
 def start(
     name: str, command: Sequence[str | Path], *, env: Mapping[str, str], cwd: Path, log: Path, account: Account
 ) -> Process:
     """Start a command as ``account`` in a session of its own, its output going to ``log``, a file that stays ours."""
-    with log.open("ab") as output:
+    with log.open("wb") as output:
         child = subprocess.Popen(
             command,
             env=env,
@@ -98,10 +96,8 @@ def start(
             **account.popen_options(),
         )
     _children[child.pid] = child
-    status = _status(child.pid)
-    if status is None:  # not even a zombie: impossible for a child that nobody has waited for
-        raise StackFailed(f"{name} did not start")
-    return Process(name, child.pid, status.started, _boot(), str(log))
+    status = _status(child.pid)  # at worst a zombie's: nobody has waited for it yet
+    return Process(name, child.pid, status.started if status else 0, _boot(), str(log))
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
@@ -113,9 +109,23 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None
         time.sleep(0.05)
 
 
+def _running(family: set[tuple[int, int]]) -> list[int]:
+    processes = _processes()
+    return [pid for pid, started in family if pid in processes and processes[pid].started == started]
+
+
+def _gone(family: set[tuple[int, int]], seconds: float) -> bool:
+    try:
+        wait_until(lambda: not _running(family), "them to end", seconds)
+    except StackFailed:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Status:
-    zombie: bool
+    ended: bool
+    parent: int
     session: int
     started: int
 
@@ -126,13 +136,15 @@ def _status(pid: int) -> _Status | None:
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # proc(5); the name, in parentheses, may hold anything
-    return _Status(fields[0] in "ZX", int(fields[3]), int(fields[19]))
+    return _Status(fields[0] in "ZX", int(fields[1]), int(fields[3]), int(fields[19]))
 
 
-def _processes() -> Iterator[tuple[int, _Status]]:
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (status := _status(int(entry))) is not None:
-            yield int(entry), status
+def _processes() -> dict[int, _Status]:
+    """Everything that runs on this machine; what has ended and waits for its parent to notice does not."""
+    for child in _children.values():
+        child.poll()  # ours are noticed here
+    statuses = ((int(entry), _status(int(entry))) for entry in os.listdir("/proc") if entry.isdigit())
+    return {pid: status for pid, status in statuses if status is not None and not status.ended}
 
 
 def _boot() -> str:

@@ -24,7 +24,7 @@ class Worker:
     """A worker that was started."""
 
     process: Process
-    _forget: Callable[[Process], None]
+    _drop: Callable[[Process], None]
 
     @property
     def pid(self) -> int:
@@ -43,24 +43,27 @@ class Worker:
     def stop(self) -> None:
         """End it and its children."""
         self.process.stop()
-        self._forget(self.process)
+        self._drop(self.process)
 
 
 def start_worker(
-    project: Path,
-    app: str,
-    *,
     name: str,
+    project: Path,
+    arguments: Sequence[str],
     env: Mapping[str, str],
-    options: Sequence[str],
     home: Path,
     log: Path,
     account: Account,
 ) -> Process:
     """Start a worker; it is not ready yet."""
-    base = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), "LANG": "C.UTF-8", "PYTHONPATH": str(project / "src")}
-    command = [sys.executable, "-m", "celery", "-A", app, "worker", "--loglevel", "INFO"]
-    command += ["--concurrency", "2", "--hostname", f"{name}@{home.parent.parent.name}", *options]
+    base = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": str(home),
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": str(project / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-m", "celery", *arguments]
     return start(name, command, env={**base, **env}, cwd=project, log=log, account=account)
 
 

@@ -1,6 +1,6 @@
 """Renders the broker's and the backend's access rules from ``topology.toml``.
 
-Guards against: rights at the broker that nobody reviewed. The files are committed, so a wider right is a line in a diff.
+Guards against: rights at the broker that nobody reviewed. The files are committed: a wider right is a line in a diff.
 Rests on: RabbitMQ's permissions *and* topic permissions (write on an exchange alone would reach every queue bound to
 it), operator-declared queues (no account may declare), and Redis 7 ACLs with read-only keys.
 Controls: BRK-1, BRK-2, BRK-3, BRK-6, AUT-2.
@@ -49,7 +49,9 @@ def definitions(topology: Topology) -> Definition:
         "vhosts": [{"name": vhost}],
         "users": [_user(topology.account(name)) for name in topology.accounts],
         "permissions": [_permission(topology, role) for role in topology.accounts.values()],
-        "topic_permissions": [rule for role in topology.accounts.values() for rule in _topic_permissions(topology, role)],
+        "topic_permissions": [
+            rule for role in topology.accounts.values() for rule in _topic_permissions(topology, role)
+        ],
         "policies": [
             {
                 "vhost": vhost,
@@ -163,7 +165,7 @@ def _queues(topology: Topology) -> Iterator[Definition]:
             x_dead_letter_routing_key=topology.dead,
             x_dead_letter_strategy="at-least-once",
         )
-    # Full of dead letters: they stay where they are. Full of refused messages: the oldest go, since a stranger can send them.
+    # When full, dead letters stay where they came from. Of refused messages, which a stranger can cause, the oldest go.
     yield _queue(topology.vhost, topology.dead, x_max_length_bytes=DEAD_BYTES, x_overflow="reject-publish")
     yield _queue(topology.vhost, topology.quarantine, x_max_length_bytes=QUARANTINE_BYTES, x_overflow="drop-head")
 

@@ -1,6 +1,6 @@
 """Reads ``topology.toml``: queues, worker pools, callers, and what each may send.
 
-Guards against: rights that are written down twice and drift apart, and a typing error that widens a right without a word.
+Guards against: rights that are written down twice and drift apart, and a slip of the pen that widens a right unnoticed.
 Rests on: one file from which broker permissions, backend accounts and the message policy all come; anything the file
 says that is not understood is refused, never skipped.
 Controls: BRK-6, AUT-1, AUT-3.
@@ -24,7 +24,7 @@ _POOL_ROLES = frozenset({"worker"})
 #: Names that the application gives to its own two queues of refused and of failed messages.
 RESERVED_QUEUES = frozenset({"dead", "quarantine"})
 
-# No dot: it separates words in a routing key. Lengths: an account name is a certificate's common name (64 octets, X.520).
+# No dot, which separates words in a routing key. An account's name is a certificate's common name: 64 octets (X.520).
 _APPLICATION = re.compile(r"[a-z](?:[a-z0-9-]{0,38}[a-z0-9])?")
 _NAME = re.compile(r"[a-z](?:[a-z0-9-]{0,21}[a-z0-9])?")
 # A first character that is no wildcard: `*` alone would also name Celery's built-in tasks.
@@ -157,9 +157,7 @@ class _Reader:
             self.queue(application, name, stanza) for name, stanza in self.stanzas("queues", document, needed=True)
         )
         names = frozenset(queue.name for queue in queues)
-        pools = {
-            name: self.pool(name, stanza, names) for name, stanza in self.stanzas("pools", document, needed=True)
-        }
+        pools = {name: self.pool(name, stanza, names) for name, stanza in self.stanzas("pools", document, needed=True)}
         callers = {name: self.caller(name, stanza, names) for name, stanza in self.stanzas("callers", document)}
         for name in sorted((pools.keys() & (callers.keys() | _CALLER_ROLES)) | (callers.keys() & _POOL_ROLES)):
             raise self.refuse(
@@ -196,7 +194,9 @@ class _Reader:
         caller = Caller(name, self.task_patterns(where, stanza), self.queue_names(where, "queues", stanza, queues))
         if bool(caller.sends) != bool(caller.queues):
             raise self.refuse(
-                where, "has only one of sends and queues", "name both, or leave both empty for a caller that sends nothing"
+                where,
+                "has only one of sends and queues",
+                "name both, or leave both empty for a caller that sends nothing",
             )
         return caller
 
