@@ -15,7 +15,9 @@ from . import errors
 
 def catalogue() -> dict[str, tuple[str, str]]:
     """Return cause and fix of every refusal by its code."""
-    configuration = {code: (cause, errors.ConfigurationRefused.fix) for code, cause in errors.CONFIGURATION_CODES.items()}
+    configuration = {
+        code: (cause, errors.ConfigurationRefused.fix) for code, cause in errors.CONFIGURATION_CODES.items()
+    }
     leaves = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.Refused)]
     return {c.code: (inspect.getdoc(c) or "", c.fix) for c in leaves} | configuration
 

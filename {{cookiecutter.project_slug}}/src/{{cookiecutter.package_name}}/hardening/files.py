@@ -104,11 +104,14 @@ def _read(setting: str, path: Path) -> tuple[bytes, os.stat_result, Path]:
             f"{path} cannot be read by user {os.geteuid()} ({error.strerror})",
             "give the file to the user this process runs as",
         ) from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise refuse(f"{path} is not a file", "name one file")
-        content = file.read(LARGEST_FILE + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(LARGEST_FILE + 1)
+    finally:
+        os.close(descriptor)
     if not content.strip():
         raise refuse(f"{path} is empty", "write the key, certificate or password into it")
     if len(content) > LARGEST_FILE:

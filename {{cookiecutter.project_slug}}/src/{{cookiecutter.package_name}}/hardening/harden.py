@@ -86,7 +86,8 @@ class Hardening:
         return {
             "broker_url": self.settings.broker_url,
             "broker_use_ssl": self.settings.tls.amqp(),
-            "broker_login_method": "EXTERNAL",
+            "broker_login_method": "EXTERNAL",  # by certificate; the name is only for logs
+            "broker_user": topology.account(self.signer.identity.account),
             "broker_transport_options": {"confirm_publish": True},
             "result_backend": self.settings.result_backend_url(),
             "redis_backend_use_ssl": self.settings.tls.redis(),

@@ -1,8 +1,8 @@
 """The intake: the transport, made unable to fail on what it delivers.
 
 Guards against: messages that kill the worker or loop for ever before any consumer code runs. An AMQP timestamp of 2^62
-in a header raises OSError in the parser, which Celery takes for a lost connection; a ``compression`` header expands
-290 KB to a gigabyte, or loses the message when its method is unknown.
+in a header raises OSError in the parser, which Celery takes for a lost connection; a routing key that is no UTF-8 ends
+the worker; a ``compression`` header expands 290 KB to a gigabyte, or loses the message when its method is unknown.
 Rests on: every message passing py-amqp's frame handler and the channel's ``Message`` class. What cannot be parsed is
 delivered without its properties and carries its refusal; the gate quarantines it.
 Controls: INT-1, SER-3, TLS-1.
@@ -11,21 +11,23 @@ Controls: INT-1, SER-3, TLS-1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from struct import pack
 from typing import Any, ClassVar
 
 import kombu
-from amqp import basic_message, method_framing
+from amqp import basic_message, method_framing, spec
+from amqp.serialization import loads
 from kombu.transport import memory, pyamqp
 
 from .errors import Compressed, ConfigurationRefused, MessageRefused, Unparseable
 
-_CONTENT_HEADER = 2  # AMQP 0-9-1 section 4.2.3, frame type
+_METHOD, _CONTENT_HEADER = 1, 2  # AMQP 0-9-1 section 4.2.3, frame types
+_DELIVER = pack(">HH", *spec.Basic.Deliver)
 _PROPERTIES = 12  # bytes before the property flags: class, weight, body size
-_NO_PROPERTIES = b"\0\0"
 
 
 def frame_handler(connection: Any, callback: Callable[..., None]) -> Callable[[Any], Any]:
-    """Wrap py-amqp's frame handler: a content header that does not parse loses its properties instead of raising."""
+    """Wrap py-amqp's frame handler: what of a delivery does not parse is left out of it instead of raising."""
     unparsed: dict[int, bytes] = {}
 
     def on_method(channel: int, method: Any, arguments: bytes, content: Any) -> None:
@@ -35,17 +37,39 @@ def frame_handler(connection: Any, callback: Callable[..., None]) -> Callable[[A
 
     on_frame = method_framing.frame_handler(connection, on_method)
 
-    def on_checked_frame(frame: tuple[int, int, bytes]) -> Any:
+    def on_checked_frame(frame: tuple[int, int, Any]) -> Any:
         kind, channel, payload = frame
         if kind == _CONTENT_HEADER:
-            try:
-                basic_message.Message().inbound_header(payload)
-            except Exception:  # struct.error, OSError, OverflowError, UnicodeDecodeError ...: whatever a parser raises
-                unparsed[channel] = bytes(payload[_PROPERTIES:])
-                payload = bytes(payload[:_PROPERTIES]) + _NO_PROPERTIES
+            parsable = _header_parses(payload)
+            rest = _PROPERTIES
+        elif kind == _METHOD and payload[:4] == _DELIVER:
+            parsable = _deliver_parses(payload)
+            rest = 4 + 1 + payload[4] + 8 + 1  # method, consumer tag (ours), delivery tag, redelivered flag
+        else:
+            return on_frame(frame)
+        if not parsable:
+            # Two zero bytes are no properties in a header, and an empty exchange and routing key in a delivery.
+            unparsed[channel] = unparsed.get(channel, b"") + bytes(payload[rest:])
+            payload = bytes(payload[:rest]) + b"\0\0"
         return on_frame((kind, channel, payload))
 
     return on_checked_frame
+
+
+def _header_parses(payload: Any) -> bool:
+    try:
+        basic_message.Message().inbound_header(payload)
+    except Exception:  # struct.error, OSError, OverflowError, UnicodeDecodeError ...: whatever a parser raises
+        return False
+    return True
+
+
+def _deliver_parses(payload: Any) -> bool:
+    try:
+        loads("sLbss", payload, 4)
+    except Exception:  # a routing key may be any bytes, and a topic binding may match them
+        return False
+    return True
 
 
 class AmqpMessage(pyamqp.Message):

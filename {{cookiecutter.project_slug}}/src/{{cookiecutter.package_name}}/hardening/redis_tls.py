@@ -1,8 +1,8 @@
 """The connection that Redis results travel on: it trusts the configured CA and no other.
 
 Guards against: redis-py *adding* ``ssl_ca_certs`` to the operating system's store, so that any public CA (or
-a proxy whose CA an administrator installed) could vouch for the server; and parameters that switch
-verification off.
+a proxy whose CA an administrator installed) could vouch for the server; parameters that switch verification
+off; and a handshake that never ends.
 Rests on: redis-py wrapping its socket in ``_wrap_socket_with_ssl``, which a test keeps an eye on.
 Controls: TLS-1.
 """
@@ -15,6 +15,9 @@ import ssl
 import redis
 
 from .tls import CIPHERS, MINIMUM_VERSION
+
+#: Seconds. A server that speaks no TLS may take the greeting for a long line, and wait for its end.
+HANDSHAKE_TIMEOUT = 5.0
 
 
 class VerifiedSSLConnection(redis.SSLConnection):
@@ -34,4 +37,7 @@ class VerifiedSSLConnection(redis.SSLConnection):
             context.load_verify_locations(self.ca_certs)
         if self.certfile is not None:
             context.load_cert_chain(self.certfile, self.keyfile)
-        return context.wrap_socket(sock, server_hostname=self.host)
+        sock.settimeout(HANDSHAKE_TIMEOUT)
+        protected = context.wrap_socket(sock, server_hostname=self.host)
+        protected.settimeout(self.socket_timeout)
+        return protected

@@ -18,6 +18,7 @@ from celery.backends.cache import CacheBackend
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
 from celery.utils.serialization import ensure_serializable
+from kombu.exceptions import EncodeError
 
 from . import audit, codec
 from .envelope import Type, Verified
@@ -62,7 +63,10 @@ class SignedResults:
             "of": kind[1],
             "value": data,
         }
-        return signer.sign(Type.RESULT, codec.encode(claims))
+        envelope = signer.sign(Type.RESULT, codec.encode(claims))
+        if len(envelope) > self._hardening.settings.message_max_bytes:
+            raise EncodeError("the result is larger than message_max_bytes, and every reader would refuse it")
+        return envelope
 
     def decode(self, payload: Any) -> Any:
         """Verify a stored value and return it.

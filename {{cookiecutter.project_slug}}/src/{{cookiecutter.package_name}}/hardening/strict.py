@@ -25,7 +25,7 @@ from .errors import ConfigurationRefused, InvalidArguments
 #: Celery's built-in tasks have no annotations; what they carry is judged by the policy.
 _BUILTIN = "celery."
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_typed_dict: Callable[[str, dict[str, Any]], Any] = TypedDict  # called at run time: mypy wants literals
+_typed_dict: Any = TypedDict  # called at run time: mypy wants literals
 _CONFIG = ConfigDict(strict=True, extra="forbid", val_json_bytes="base64")
 
 

@@ -179,9 +179,7 @@ def _check_address(setting: str, url: str, schemes: frozenset[str], wanted: str)
             f"remove it and set {CA_SETTING} instead",
         )
     if "?" in url or "#" in url:
-        raise _refuse(
-            setting, "parameters in the address override settings", "remove them, from the ? or # on"
-        )
+        raise _refuse(setting, "parameters in the address override settings", "remove them, from the ? or # on")
 
 
 def _certificates(setting: str, path: Path) -> list[x509.Certificate]:
