@@ -44,9 +44,9 @@ TAKEN = frozenset(
     celery kombu amqp billiard vine redis cryptography cffi pydantic pydantic_core pydantic_settings dotenv
     click click_didyoumean click_plugins click_repl prompt_toolkit wcwidth dateutil six tzdata tzlocal
     async_timeout annotated_types typing_extensions typing_inspection packaging pycparser
-    pytest pytest_timeout pluggy iniconfig pygments hypothesis sortedcontainers
+    py pytest pytest_timeout pluggy iniconfig pygments hypothesis sortedcontainers
     ruff mypy mypyc mypy_extensions pathspec librt uv
-    django asgiref sqlparse jwt joserfc pip setuptools wheel pkg_resources
+    ast_serialize django asgiref sqlparse jwt joserfc pip setuptools wheel pkg_resources
     """.split()
 )
 

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,9 +28,11 @@ LEFTOVERS = shutil.ignore_patterns(
 )
 
 
-def bake(output: Path, template: Path | str = TEMPLATE, **answers: str) -> Path:
-    """Bake with these answers and otherwise the defaults; Cookiecutter's own files go beside the project."""
-    own = output.parent / f"{output.name}-cookiecutter"
+def bake(
+    output: Path, template: Path | str = TEMPLATE, answers: Mapping[str, str] | None = None, own: Path | None = None
+) -> Path:
+    """Bake with these answers and otherwise the defaults; Cookiecutter keeps its own files in ``own``."""
+    own = own or output.parent / f"{output.name}-cookiecutter"
     own.mkdir(exist_ok=True)
     configuration = own / "config.yaml"
     configuration.write_text(f"cookiecutters_dir: {own}/templates\nreplay_dir: {own}/replay\n", encoding="utf-8")
@@ -38,7 +40,7 @@ def bake(output: Path, template: Path | str = TEMPLATE, **answers: str) -> Path:
         cookiecutter(
             str(template),
             no_input=True,
-            extra_context=answers,
+            extra_context=answers and dict(answers),
             output_dir=str(output),
             config_file=str(configuration),
         )
@@ -52,9 +54,9 @@ def reachable(folder: Path) -> bool:
 
 @contextmanager
 def workshop(name: str) -> Iterator[Path]:
-    """Give a folder for a project with a running stack: in ``build/``, so that a second run finds its ``.venv``.
+    """Give a folder for a project with a running stack: ``build/``, so that a second run finds its ``.venv``.
 
-    As root the stack's servers are another user's, who cannot enter a closed home: then it is a temporary folder.
+    As root the stack's servers are another user's, who cannot enter a closed home: then it is temporary.
     """
     if os.getuid() != 0 or reachable(TEMPLATE):
         folder = TEMPLATE / "build" / name

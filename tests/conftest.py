@@ -26,7 +26,7 @@ def default(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def long(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bake a project whose names are as long as they may be, to be read only."""
-    return bake(tmp_path_factory.mktemp("long"), template, **LONG)
+    return bake(tmp_path_factory.mktemp("long"), template, LONG)
 
 
 @pytest.fixture(scope="session")

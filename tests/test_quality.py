@@ -92,7 +92,7 @@ def test_baking_takes_about_a_second(template: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("licence", LICENCES)
 def test_licence_is_the_chosen_one(licence: str, template: Path, tmp_path: Path) -> None:
-    project = bake(tmp_path / "out", template, licence=licence, author="Zoë Ünal")
+    project = bake(tmp_path / "out", template, {"licence": licence, "author": "Zoë Ünal"})
     text = (project / "LICENSE").read_text(encoding="utf-8")
     assert list(project.glob("LICEN[CS]E*")) == [project / "LICENSE"]
     titles = {"Apache-2.0": "Apache License", "Proprietary": "All rights reserved"}
