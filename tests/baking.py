@@ -24,7 +24,7 @@ LONG = {
 }
 # What working in the template leaves behind; it is in no clone and no zip.
 LEFTOVERS = shutil.ignore_patterns(
-    "__pycache__", ".*_cache", ".venv", ".hypothesis", ".stack", "reports", "build", ".git"
+    "__pycache__", ".*_cache", ".venv", ".hypothesis", ".stack*", "reports", "build", ".git"
 )
 
 

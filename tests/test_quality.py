@@ -108,7 +108,13 @@ def test_first_commit_holds_no_secret_and_ignores_what_a_run_makes(default: Path
     for path in files(default):
         assert not names.search(path.name), path
         assert not content.search(path.read_text(encoding="utf-8")), path
-    made = [".venv/bin/python", ".stack/client.env", ".stack/pki/worker.key", "reports/attacks.json"]
+    made = [
+        ".venv/bin/python",
+        ".stack-attacks/x",
+        ".stack/client.env",
+        ".stack/pki/worker.key",
+        "reports/attacks.json",
+    ]
     made += [".mypy_cache/x", ".ruff_cache/x", ".pytest_cache/x", ".hypothesis/x", "src/my_service/a.pyc"]
     subprocess.run(["git", "init", "--quiet", "--bare", "git"], cwd=default.parent, check=True)
     git = ["git", "--git-dir", str(default.parent / "git"), "--work-tree", "."]
