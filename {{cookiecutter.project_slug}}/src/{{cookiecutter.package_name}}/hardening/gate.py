@@ -3,7 +3,7 @@
 Guards against: everything a broker, or whoever can write to it, may deliver to a worker.
 Rests on: the intake having turned parse errors into refusals, and on being called before any Celery code looks at the
 message. What passes is rebuilt from signed claims; of the delivery only what the broker itself set remains.
-Controls: SIG-1, SIG-3, SIG-4, SER-1, SER-2, AUT-1, INT-1.
+Controls: SIG-1, SIG-3, SIG-4, SER-1, SER-2, AUT-1, AUT-3, INT-1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from . import canvas
 from .claims import TaskClaims, request_headers, timestamp
 from .envelope import CONTENT_TYPE, Type
 from .errors import (
@@ -104,7 +105,10 @@ class Gate:
             raise WrongQueue
         if task.name not in self._app.tasks:
             raise UnknownTask
-        self._hardening.policy.check(Identity.parse(claims.iss), Identity.parse(claims.origin), task.name, claims.queue)
+        signer, origin = Identity.parse(claims.iss), Identity.parse(claims.origin)
+        self._hardening.policy.check(signer, origin, task.name, claims.queue)
+        for name, queue in canvas.named(claims):
+            self._hardening.policy.check(signer, origin, name, queue and self._hardening.topology.broker_name(queue))
 
     def _rebuilt(self, message: Any, claims: TaskClaims) -> Admitted:
         task = self._app.tasks[claims.task.name]

@@ -1,8 +1,9 @@
 """The decision: may this origin, through this signer, send this task to this queue?
 
-Guards against: a low-privilege signer that sends what it should not; everything not allowed in topology.toml is denied.
+Guards against: a low-privilege signer that sends what it should not, itself or through a worker; everything not allowed
+in topology.toml is denied.
 Rests on: identities from verified certificates, and on one file for all rules.
-Controls: AUT-1, AUT-2.
+Controls: AUT-1, AUT-2, AUT-3.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Policy:
         self._own = own
         self._decide = lru_cache(maxsize=4096)(self._matches)
 
-    def check(self, signer: Identity, origin: Identity, task: str, queue: str) -> None:
-        """Return if both the signer and the origin may.
+    def check(self, signer: Identity, origin: Identity, task: str, queue: str | None) -> None:
+        """Return if both the signer and the origin may; ``queue`` is a name on the broker, None any of theirs.
 
         Raises:
             NotAllowed: one of them may not.
@@ -41,7 +42,7 @@ class Policy:
             if not self._decide(identity, task, queue):
                 raise NotAllowed(f"{identity.role} may not send this task to this queue")
 
-    def _matches(self, identity: Identity, task: str, queue: str) -> bool:
+    def _matches(self, identity: Identity, task: str, queue: str | None) -> bool:
         if identity.audience != self._own.audience or identity.role not in _SENDERS:
             return False
         rules = self._topology.pools if identity.role is Role.WORKER else self._topology.callers
@@ -49,5 +50,5 @@ class Policy:
         return (
             rule is not None
             and any(fnmatchcase(task, pattern) for pattern in rule.sends)
-            and queue in {self._topology.queue(name).broker_name for name in rule.publishes_to}
+            and queue in {None, *(self._topology.queue(name).broker_name for name in rule.publishes_to)}
         )

@@ -54,7 +54,7 @@ class TaskProducer:
         envelope = self._sign(body, headers, options)
         if len(envelope) > self._hardening.settings.message_max_bytes:
             raise TooLarge
-        for unsigned in ("serializer", "compression", "reply_to", "correlation_id"):
+        for unsigned in ("serializer", "compression", "reply_to", "correlation_id", "mandatory", "immediate"):
             options.pop(unsigned, None)
         return self._producer.publish(
             envelope,
@@ -83,7 +83,7 @@ class TaskProducer:
                     "iat": now,
                     "exp": int(max(now, eta)) + self._hardening.settings.message_max_age,
                     "jti": claims.new_id(),
-                    "origin": self._origin(headers["id"]),
+                    "origin": self._origin(headers["id"], headers["task"]),
                     "queue": self._queue(options.get("routing_key")),
                     "task": task,
                     "args": args,
@@ -93,10 +93,10 @@ class TaskProducer:
             ),
         )
 
-    def _origin(self, task_id: str) -> str:
-        """Return on whose behalf: a retry keeps its caller, anything else is the signer's own."""
+    def _origin(self, task_id: str, task: str) -> str:
+        """Return on whose behalf: a retry keeps its caller, anything else (a replacement too) is the signer's own."""
         request = getattr(current_task, "request", None)
-        if request is not None and request.id == task_id and request.origin:
+        if request is not None and (request.id, request.task) == (task_id, task) and request.origin:
             return str(request.origin)
         return str(self._hardening.signer.identity)
 

@@ -127,6 +127,10 @@ class Topology:
         """The account of a pool or caller at broker and backend; also its client certificate's common name."""
         return f"{self.application}.{role}"
 
+    def broker_name(self, queue: str) -> str:
+        """The broker's name of a queue that is called by either name; an unknown one is returned as it is."""
+        return next((known.broker_name for known in self.queues if known.name == queue), queue)
+
     def queue(self, name: str) -> Queue:
         """The queue with this short name (``KeyError`` if there is none)."""
         for queue in self.queues:
