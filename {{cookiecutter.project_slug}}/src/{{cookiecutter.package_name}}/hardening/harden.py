@@ -29,6 +29,8 @@ from .settings import Settings
 from .strict import make_strict
 from .topology import Topology
 
+#: Built-in tasks that stand for others. Their callers wait for results, and have no task of their own to say so on.
+_STAND_INS = ("celery.map", "celery.starmap", "celery.chunks", "celery.accumulate")
 _STOCK_AUTH = "application/data"  # content type of Celery's own signing serializer
 
 
@@ -112,6 +114,7 @@ class Hardening:
                 Queue(
                     queue.broker_name,
                     exchange,
+                    alias=queue.name,
                     routing_key=queue.broker_name,
                     queue_arguments={"x-queue-type": "quorum"},
                     no_declare=True,
@@ -195,8 +198,14 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
     app.add_defaults(hardening.defaults())
     app.steps["worker"].add(Preflight)
     app.setup_security = _refuse_stock_signing
+    app.on_after_finalize.connect(_keep_results, weak=False)
     if strict_arguments:
         app.on_after_finalize.connect(_make_all_strict, weak=False)
+
+
+def _keep_results(sender: Celery, **_: Any) -> None:
+    for name in _STAND_INS:
+        sender.tasks[name].ignore_result = False
 
 
 def _make_all_strict(sender: Celery, **_: Any) -> None:
