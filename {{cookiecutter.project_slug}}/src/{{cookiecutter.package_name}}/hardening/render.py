@@ -243,8 +243,11 @@ def _acl(topology: Topology, role: Pool | Caller) -> str:
         return f"{_CONNECT} {_READ} {_WORK} ~{task} ~{group} &{task}"
     if not role.sends:
         return _CONNECT
-    # Who sends reads its results. Starting a chord also sets its size (.s) and clears an earlier run's claim (.c).
-    return f"{_CONNECT} {_READ} %R~{task} %R~{group} &{task} (+set +del %W~{group}.[cs])"
+    # Who sends reads its results and may drop them. It saves groups, and starting a chord sets its size (.s) and clears
+    # an earlier run's claim (.c); the chord's counters and parts are the workers' alone.
+    uuid = "-".join("?" * length for length in (8, 4, 4, 4, 12))
+    saved = f"%W~{group[:-1]}{uuid} %W~{group}.[cs]"
+    return f"{_CONNECT} {_READ} %R~{task} %R~{group} &{task} (+set +del {saved}) (+del %W~{task})"
 
 
 def rendered(topology: Topology) -> dict[Path, str]:

@@ -10,6 +10,7 @@ Controls: RES-1, INT-2, AUT-6.
 from __future__ import annotations
 
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +94,10 @@ class SignedResults:
             raise BadShape("kind")
         if claims["aud"] != own.audience or signer.audience != own.audience:
             raise WrongAudience
-        if claims["kind"] != _GROUP and signer.role is not Role.WORKER:
+        if signer.role is not Role.WORKER and claims["kind"] != _GROUP:
             raise ForeignResult("not signed by a worker")
+        if signer.role is not Role.WORKER and own.role not in {Role.WORKER, Role.OPERATOR} and signer != own:
+            raise ForeignResult("a group that another caller saved")
         return claims["value"]
 
     def store_refusal(self, refusal: MessageRefused) -> None:
@@ -119,6 +122,12 @@ class SignedResults:
     def _get_result_meta(self, result: Any, state: str, traceback: Any, request: Any, **options: Any) -> dict[str, Any]:
         meta: dict[str, Any] = super()._get_result_meta(result, state, traceback, request, **options)  # type: ignore[misc]  # of Backend
         meta["origin"] = getattr(request, "origin", None) or str(self._hardening.signer.identity)
+        return meta
+
+    def _restore_group(self, group_id: str) -> Any:
+        meta = super()._restore_group(group_id)  # type: ignore[misc]  # of BaseKeyValueStoreBackend
+        if meta and meta["result"].id != group_id:
+            raise ForeignResult("of another group")
         return meta
 
     def _get_task_meta_for(self, task_id: str) -> Any:
@@ -184,6 +193,12 @@ class SignedRedisBackend(SignedResults, RedisBackend):
 
     ResultConsumer = _VerifyingConsumer
     connection_class_ssl = VerifiedSSLConnection
+
+    def _save_group(self, group_id: str, result: Any) -> Any:
+        # As for a result, but not published too: nobody waits on that channel, and no account may write to it.
+        value = self.encode({"result": result.as_tuple()})
+        self.ensure(partial(self.client.set, ex=self.expires or None), (self.get_key_for_group(group_id), value))
+        return result
 
     def _params_from_url(self, url: str, defaults: dict[str, Any]) -> dict[str, Any]:
         return {**super()._params_from_url(url, defaults), "connection_class": self.connection_class_ssl}
