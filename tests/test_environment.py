@@ -59,6 +59,7 @@ def python(folder: Path, name: str, script: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_setup_installs_what_is_locked_once(folder: Path) -> None:
     first = setup(folder)
     assert first.returncode == 0, first.stderr
@@ -76,6 +77,7 @@ def test_setup_installs_what_is_locked_once(folder: Path) -> None:
     assert "Making" in setup(folder).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tampering", ["hash", "no-hash", "second-package"])
 def test_setup_stops_at_what_is_not_locked(folder: Path, tampering: str) -> None:
     lock = folder / "requirements" / "run.txt"
@@ -96,6 +98,7 @@ def test_setup_stops_at_what_is_not_locked(folder: Path, tampering: str) -> None
     assert setup(folder).returncode != 0, "a failed setup must not count as done"
 
 
+@pytest.mark.slow
 def test_a_source_distribution_is_not_built(folder: Path, tmp_path: Path) -> None:
     """A build would run code, and fetch a build backend that no hash covers."""
     source = tmp_path / "dist" / "planted-1.0"
@@ -156,6 +159,7 @@ def test_root_passes_over_a_python_behind_a_closed_folder() -> None:
         assert usable == {0o755: True, 0o700: os.getuid() != 0}
 
 
+@pytest.mark.slow
 def test_the_environment_can_be_read_by_others(folder: Path) -> None:
     done = subprocess.run(
         ["sh", "-c", "umask 077; make setup"], cwd=folder, capture_output=True, text=True, check=False

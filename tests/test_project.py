@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.slow
 
 
 def make(project: Path, target: str) -> str:
@@ -29,16 +28,26 @@ def make(project: Path, target: str) -> str:
     return done.stdout
 
 
+def test_unit_tests_pass(default: Path) -> None:
+    """With the template's own environment, which has the project's requirements."""
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit"]
+    done = subprocess.run(command, cwd=default, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["setup", "lint", "test", "test-live"])
 def test_target_succeeds(project: Path, target: str) -> None:
     make(project, target)
 
 
+@pytest.mark.slow
 def test_attacks_succeed_on_stock_and_fail_here(project: Path) -> None:
     make(project, "attack")
     assert json.loads((project / "reports" / "attacks.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_demo_ends_with_nothing_running(project: Path) -> None:
     make(project, "demo")
     assert (
@@ -47,6 +56,7 @@ def test_demo_ends_with_nothing_running(project: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_tree_as_it_was_committed(project: Path, tmp_path: Path) -> None:
     """Also what the stack and the tests write is ignored, and is not among what a first commit would hold."""
     git = ["git", "--git-dir", str(tmp_path / "git"), "--work-tree", str(project)]
