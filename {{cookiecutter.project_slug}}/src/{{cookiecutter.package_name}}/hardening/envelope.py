@@ -105,26 +105,30 @@ class Verifier:
         if not _COMPACT.fullmatch(token):
             raise Unsigned
         header, payload, signature = token.split(b".")
-        certificate = self._certificate(kind, header)
+        certificate = self._recall(kind, header) or self._trusted(kind, header)
         if not certificate.verify(_unb64(signature), token[: len(header) + 1 + len(payload)]):
             raise BadSignature
+        # Not earlier: whoever has seen a certificate could otherwise push every known signer out of the memory.
+        self._remember(kind, header, certificate)
         return Verified(_unb64(payload), certificate)
 
-    def _certificate(self, kind: Type, header: bytes) -> SignerCertificate:
-        with self._lock:
-            known = self._known.get((kind, header))
-            if known is not None:
-                self._known.move_to_end((kind, header))
-                return known
+    def _trusted(self, kind: Type, header: bytes) -> SignerCertificate:
         algorithm, chain = _open(kind, header)
         certificate = self._trust.certificate(chain)
         if algorithm != certificate.algorithm:
             raise BadSignature
+        return certificate
+
+    def _recall(self, kind: Type, header: bytes) -> SignerCertificate | None:
+        with self._lock:
+            return self._known.get((kind, header))
+
+    def _remember(self, kind: Type, header: bytes, certificate: SignerCertificate) -> None:
         with self._lock:
             self._known[kind, header] = certificate
+            self._known.move_to_end((kind, header))
             if len(self._known) > _CACHE_MAX:
                 self._known.popitem(last=False)
-        return certificate
 
 
 def _open(kind: Type, header: bytes) -> tuple[object, list[x509.Certificate]]:
@@ -154,7 +158,7 @@ def _parse(header: bytes) -> dict[str, object]:
         return dict(pairs)
 
     try:
-        fields = json.loads(_unb64(header), object_pairs_hook=unique)
+        fields = json.loads(_unb64(header).decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise Malformed from error
     if not isinstance(fields, dict):

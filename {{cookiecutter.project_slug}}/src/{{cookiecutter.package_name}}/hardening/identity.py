@@ -56,6 +56,8 @@ class Identity:
             role = Role(match["role"])
         except ValueError:
             raise InvalidIdentity from None
+        if match["name"] in set(Role):
+            raise InvalidIdentity  # a client named `operator` would have the operator's account and rights
         return cls(match["trust_domain"], match["environment"], match["application"], role, match["name"])
 
     @property

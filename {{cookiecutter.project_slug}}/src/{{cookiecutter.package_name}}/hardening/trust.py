@@ -21,7 +21,6 @@ from cryptography.x509.verification import (
     Policy,
     PolicyBuilder,
     Store,
-    VerificationError,
 )
 
 from .errors import ConfigurationRefused, InvalidIdentity, UntrustedSigner
@@ -42,7 +41,7 @@ _ANCHORS_MAX = 16
 class SignerCertificate:
     """A certificate that leads to the signing CA: who it names, how to verify with it, when it is valid.
 
-    ``not_before`` and ``not_after`` are seconds since the epoch, the narrowest of the whole chain.
+    ``not_before`` and ``not_after`` are seconds since the epoch, the narrowest of the path up to the trust anchor.
     """
 
     identity: Identity
@@ -106,32 +105,32 @@ class Trust:
             InvalidIdentity: the leaf does not name exactly one SPIFFE ID.
         """
         leaf = chain[0]
-        not_before = max(certificate.not_valid_before_utc for certificate in chain)
-        not_after = min(certificate.not_valid_after_utc for certificate in chain)
-        algorithm = algorithm_of(leaf.public_key())
-        if algorithm is None or not_before > not_after:
-            raise UntrustedSigner
         try:
             # Validity is judged per message, at its time of issue; here the path is judged at a time it must hold.
-            (
+            time = max(certificate.not_valid_before_utc for certificate in chain)
+            path = (
                 PolicyBuilder()
                 .store(self._store)
-                .time(not_before.astimezone(UTC).replace(tzinfo=None))
+                .time(time.astimezone(UTC).replace(tzinfo=None))
                 .extension_policies(
                     ca_policy=ExtensionPolicy.webpki_defaults_ca(),
                     ee_policy=_LEAF_POLICY,
                 )
                 .build_client_verifier()
                 .verify(leaf, list(chain[1:]))
+                .chain
             )
-        except VerificationError as error:
+            algorithm = algorithm_of(leaf.public_key())
+        except Exception as error:  # VerificationError, and whatever the parser raises on an attacker's certificate
             raise UntrustedSigner from error
+        if algorithm is None:
+            raise UntrustedSigner
         return SignerCertificate(
             identity=identity_of(leaf),
             algorithm=algorithm,
             verify=verifier(leaf.public_key()),
-            not_before=not_before.timestamp(),
-            not_after=not_after.timestamp(),
+            not_before=max(certificate.not_valid_before_utc for certificate in path).timestamp(),
+            not_after=min(certificate.not_valid_after_utc for certificate in path).timestamp(),
         )
 
 
@@ -155,8 +154,14 @@ def _signs_messages(_: Policy, __: x509.Certificate, usage: x509.KeyUsage | None
         raise ValueError("the certificate is not for signing messages")
 
 
+def _is_no_authority(_: Policy, __: x509.Certificate, constraints: x509.BasicConstraints | None) -> None:
+    if constraints is not None and constraints.ca:
+        raise ValueError("a CA signs certificates and no messages")
+
+
 _LEAF_POLICY = (
     ExtensionPolicy.permit_all()
+    .may_be_present(x509.BasicConstraints, Criticality.AGNOSTIC, _is_no_authority)
     .require_present(x509.SubjectAlternativeName, Criticality.AGNOSTIC, None)
     .require_present(x509.KeyUsage, Criticality.AGNOSTIC, _signs_messages)
 )
