@@ -83,7 +83,7 @@ def bake_again(workshop: Path) -> Path:
         shutil.rmtree(environment, ignore_errors=True)
         (project / ".venv").rename(environment)
     shutil.rmtree(project, ignore_errors=True)
-    project = bake(workshop)
+    project = bake(workshop, own=workshop / "cookiecutter")
     if environment.is_dir():
         environment.rename(project / ".venv")
     return project

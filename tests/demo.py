@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
-from .baking import bake_again, workshop
+from .baking import TEMPLATE, bake_again, workshop
 
 
 def main() -> int:
@@ -13,7 +14,10 @@ def main() -> int:
     with workshop("demo") as folder:
         project = bake_again(folder)
         print(f"Baked {project}", flush=True)
-        return subprocess.run(["make", "demo"], cwd=project, check=False).returncode
+        status = subprocess.run(["make", "--no-print-directory", "demo"], cwd=project, check=False).returncode
+        if (project / "reports").is_dir():  # the project's folder may be temporary
+            shutil.copytree(project / "reports", TEMPLATE / "reports", dirs_exist_ok=True)
+        return status
 
 
 if __name__ == "__main__":
