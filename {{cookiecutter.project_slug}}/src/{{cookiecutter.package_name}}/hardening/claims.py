@@ -68,8 +68,8 @@ class Embed(BaseModel):
 class TaskClaims(BaseModel):
     """The payload of a task envelope.
 
-    ``iat`` and ``exp`` are whole seconds since the epoch. ``iss`` signs now; ``origin`` is the identity on whose behalf,
-    the first signer, also after a worker has retried the task.
+    ``iat`` and ``exp`` are whole seconds since the epoch. ``iss`` signs now; ``origin`` is on whose behalf,
+    ``owner`` whose ids these are; they differ from ``iss`` only where a worker sends because of a message (see ``ownership``).
     """
 
     model_config = _STRICT
@@ -80,6 +80,7 @@ class TaskClaims(BaseModel):
     exp: int
     jti: Text
     origin: Text
+    owner: Text
     queue: Text
     task: Task
     args: list[Any]
@@ -136,6 +137,7 @@ def request_headers(claims: TaskClaims) -> dict[str, Any]:
         task=task.name,
         timelimit=list(task.timelimit),
         origin=claims.origin,
+        owner=claims.owner,
         headers=dict(task.headers),
         argsrepr="(hidden)",
         kwargsrepr="(hidden)",

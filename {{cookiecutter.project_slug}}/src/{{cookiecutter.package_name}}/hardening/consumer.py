@@ -3,23 +3,38 @@
 Guards against: any path from a delivered message to Celery that does not pass the gate, and a worker that starts as
 root or after something undid the hardening.
 Rests on: ``worker_consumer`` naming this class, and Celery taking every task message through ``create_task_handler``.
-Controls: SIG-1, INT-1, WRK-1, VAL-1.
+Controls: SIG-1, INT-1, AUT-6, WRK-1, VAL-1.
 """
 
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 from celery.worker.consumer.consumer import Consumer
+from celery.worker.request import Request
 
-from . import audit
+from . import audit, ownership
 from .errors import ConfigurationRefused
 from .gate import Gate
 
 if TYPE_CHECKING:
     from .harden import Hardening
+
+
+class HardenedRequest(Request):
+    """Celery's request, whose end concerns its owner alone."""
+
+    def maybe_expire(self) -> bool:
+        """Say whether it has expired. Celery would also revoke the id, for every caller who uses it."""
+        return self.expires is not None and datetime.now(UTC) > self.expires
+
+    def on_failure(self, *args: Any, **kwargs: Any) -> Any:
+        """Look up, store and retry on behalf of the request's origin; here, in the main process, no task runs."""
+        with ownership.acting_for(self._context):
+            return super().on_failure(*args, **kwargs)
 
 
 class HardenedConsumer(Consumer):
@@ -48,6 +63,12 @@ class HardenedConsumer(Consumer):
                 handle(admitted)
 
         return on_task_received
+
+    def update_strategies(self) -> None:
+        """Give every task our request class before Celery prepares it."""
+        for task in self.app.tasks.values():
+            task.Request = HardenedRequest
+        super().update_strategies()
 
 
 class Preflight(bootsteps.Step):

@@ -27,7 +27,7 @@ from .errors import (
     WrongAudience,
     WrongQueue,
 )
-from .identity import Identity
+from .identity import Identity, Role
 from .quarantine import Quarantine
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Gate:
             raise NotValidAtIssue
         if claims.aud != self._hardening.signer.identity.audience:
             raise WrongAudience
+        if claims.owner != claims.iss and verified.signer.identity.role is not Role.WORKER:
+            raise BadShape("owner")
         return claims
 
     def _judge(self, claims: TaskClaims) -> None:

@@ -14,15 +14,18 @@ import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from celery import current_task
 from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE
 
-from . import claims, codec, intake
+from . import claims, codec, intake, ownership
 from .envelope import CONTENT_TYPE, Type
 from .errors import ConfigurationRefused, TooLarge
 
 if TYPE_CHECKING:
+    from celery.app.amqp import AMQP
+
     from .harden import Hardening
+else:
+    AMQP = object  # what is mixed in stands before the application's own class
 
 _DELAY_PREFIX = re.compile(rf"(?:[01]\.){{{MAX_NUMBER_OF_BITS_TO_USE}}}")
 
@@ -65,7 +68,6 @@ class TaskProducer:
             },  # for people who look at the queue; nobody trusts them
             content_type=CONTENT_TYPE,
             content_encoding="utf-8",
-            mandatory=True,
         )
 
     def _sign(self, body: Any, headers: dict[str, Any], options: dict[str, Any]) -> bytes:
@@ -83,7 +85,8 @@ class TaskProducer:
                     "iat": now,
                     "exp": int(max(now, eta)) + self._hardening.settings.message_max_age,
                     "jti": claims.new_id(),
-                    "origin": self._origin(headers["id"], headers["task"]),
+                    "origin": ownership.origin(signer.identity, headers["id"], headers["task"]),
+                    "owner": ownership.owner(signer.identity),
                     "queue": self._queue(options.get("routing_key")),
                     "task": task,
                     "args": args,
@@ -92,13 +95,6 @@ class TaskProducer:
                 }
             ),
         )
-
-    def _origin(self, task_id: str, task: str) -> str:
-        """Return on whose behalf: a retry keeps its caller, anything else (a replacement too) is the signer's own."""
-        request = getattr(current_task, "request", None)
-        if request is not None and (request.id, request.task) == (task_id, task) and request.origin:
-            return str(request.origin)
-        return str(self._hardening.signer.identity)
 
     def _queue(self, routing_key: Any) -> str:
         queue = _DELAY_PREFIX.sub("", str(routing_key), count=1)
@@ -112,19 +108,23 @@ class TaskProducer:
         return queue
 
 
-class SigningAMQP:
+class SigningAMQP(AMQP):
     """Mixed into the application's AMQP class by ``harden``."""
 
     Connection = intake.Connection
-    app: Any
 
     @cached_property
     def send_task_message(self) -> Any:
         """Celery's task sender, around a producer that signs."""
-        send = self._create_task_sender()  # type: ignore[attr-defined]  # of celery.app.amqp.AMQP
+        send = self._create_task_sender()
         hardening: Hardening = self.app.hardening
 
         def send_signed(producer: Any, name: str, message: Any, **options: Any) -> Any:
             return send(TaskProducer(producer, message.body, hardening), name, message, **options)
 
         return send_signed
+
+    def _retry_publish(self, publish: Any, *args: Any, **kwargs: Any) -> Any:
+        """Celery publishes callbacks, chains and chord bodies through here: on behalf of the task that just ran."""
+        with ownership.acting_for(ownership.current_request()):
+            return super()._retry_publish(publish, *args, **kwargs)

@@ -38,6 +38,11 @@ class VerifiedSSLConnection(redis.SSLConnection):
         if self.certfile is not None:
             context.load_cert_chain(self.certfile, self.keyfile)
         sock.settimeout(HANDSHAKE_TIMEOUT)
-        protected = context.wrap_socket(sock, server_hostname=self.host)
+        try:
+            protected = context.wrap_socket(sock, server_hostname=self.host)
+        except TimeoutError:
+            raise redis.ConnectionError(
+                f"{self.host}:{self.port} began no TLS handshake in {HANDSHAKE_TIMEOUT:.0f} s: is it a plain-text port?"
+            ) from None
         protected.settimeout(self.socket_timeout)
         return protected

@@ -25,6 +25,7 @@ from kombu.transport.native_delayed_delivery import (
 )
 
 from .errors import ConfigurationRefused
+from .identity import Role
 from .topology import Caller, Pool, Topology
 
 DEFINITIONS = Path("deploy/rabbitmq/definitions.json")
@@ -238,16 +239,19 @@ def acl_text(topology: Topology) -> str:
 
 
 def _acl(topology: Topology, role: Pool | Caller) -> str:
-    task, group = f"{topology.application}:celery-task-meta-*", f"{topology.application}:celery-taskset-meta-*"
+    if not role.sends and not isinstance(role, Pool):
+        return _CONNECT
+    owner = "*" if isinstance(role, Pool) else f"{_namespace(role)}:*"
+    task, group = (f"{topology.application}:celery-{kind}-meta-{owner}" for kind in ("task", "taskset"))
     if isinstance(role, Pool):
         return f"{_CONNECT} {_READ} {_WORK} ~{task} ~{group} &{task}"
-    if not role.sends:
-        return _CONNECT
-    # Who sends reads its results and may drop them. It saves groups, and starting a chord sets its size (.s) and clears
-    # an earlier run's claim (.c); the chord's counters and parts are the workers' alone.
-    uuid = "-".join("?" * length for length in (8, 4, 4, 4, 12))
-    saved = f"%W~{group[:-1]}{uuid} %W~{group}.[cs]"
-    return f"{_CONNECT} {_READ} %R~{task} %R~{group} &{task} (+set +del {saved}) (+del %W~{task})"
+    # Who sends reads its own results and may drop them. It saves groups and sets and clears a chord's counters.
+    return f"{_CONNECT} {_READ} %R~{task} %R~{group} &{task} (+set +del %W~{group}) (+del %W~{task})"
+
+
+def _namespace(caller: Caller) -> str:
+    """Where this caller's ids lie, as ``ownership.namespace`` says."""
+    return caller.name if caller.name in set(Role) else f"{Role.CLIENT}.{caller.name}"
 
 
 def rendered(topology: Topology) -> dict[Path, str]:

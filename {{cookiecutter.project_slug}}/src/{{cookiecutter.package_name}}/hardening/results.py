@@ -21,24 +21,26 @@ from celery.backends.redis import ResultConsumer as RedisResultConsumer
 from celery.utils.serialization import ensure_serializable
 from kombu.exceptions import EncodeError
 
-from . import audit, codec
+from . import audit, codec, ownership
 from .envelope import Type, Verified
 from .errors import BadShape, ForeignResult, MessageRefused, WrongAudience
-from .identity import Identity, Role
+from .identity import Role
 from .redis_tls import VerifiedSSLConnection
 
 if TYPE_CHECKING:
+    from celery.backends.base import BaseKeyValueStoreBackend as Backend
+
     from .harden import Hardening
+else:
+    Backend = object  # what is mixed in stands before Celery's own class
 
 _PENDING = {"status": states.PENDING, "result": None}
 #: Kinds of value, by the shape Celery gives them.
 _RESULT, _PART, _GROUP = "result", "part", "group"
 
 
-class SignedResults:
+class SignedResults(Backend):
     """Mixed into a result backend in front of Celery's own class."""
-
-    app: Any
 
     @property
     def _hardening(self) -> Hardening:
@@ -60,6 +62,7 @@ class SignedResults:
             "iss": str(signer.identity),
             "aud": signer.identity.audience,
             "iat": int(time.time()),
+            "owner": ownership.owner(signer.identity),
             "kind": kind[0],
             "of": kind[1],
             "value": data,
@@ -88,16 +91,16 @@ class SignedResults:
         verified: Verified = self._hardening.verifier.verify(Type.RESULT, payload)
         claims = codec.decode(verified.payload)
         signer = verified.signer.identity
-        if not isinstance(claims, dict) or claims.keys() != {"iss", "aud", "iat", "kind", "of", "value"}:
+        if not isinstance(claims, dict) or claims.keys() != {"iss", "aud", "iat", "owner", "kind", "of", "value"}:
             raise BadShape
         if claims["iss"] != str(signer) or (claims["kind"], claims["of"]) != _kind(claims["value"]):
             raise BadShape("kind")
         if claims["aud"] != own.audience or signer.audience != own.audience:
             raise WrongAudience
-        if signer.role is not Role.WORKER and claims["kind"] != _GROUP:
+        if signer.role is not Role.WORKER and (claims["kind"] != _GROUP or claims["owner"] != str(signer)):
             raise ForeignResult("not signed by a worker")
-        if signer.role is not Role.WORKER and own.role not in {Role.WORKER, Role.OPERATOR} and signer != own:
-            raise ForeignResult("a group that another caller saved")
+        if claims["owner"] != ownership.owner(own):
+            raise ForeignResult("of another caller")
         return claims["value"]
 
     def store_refusal(self, refusal: MessageRefused) -> None:
@@ -105,8 +108,8 @@ class SignedResults:
         claims = refusal.claims
         if claims is None or claims.task.ignore_result:
             return
-        request = SimpleNamespace(origin=claims.origin, group=None, parent_id=None, children=[], ignore_result=False)
-        self.store_result(claims.task.id, refusal, states.FAILURE, request=request)  # type: ignore[attr-defined]  # of celery's Backend
+        request = SimpleNamespace(origin=claims.origin, owner=claims.owner, children=[])
+        self.store_result(claims.task.id, refusal, states.FAILURE, request=request)
 
     def prepare_exception(self, exc: BaseException, serializer: str | None = None) -> dict[str, Any]:
         """Return the stored form of an exception, as Celery does, but never sign just to see what can be encoded."""
@@ -117,22 +120,49 @@ class SignedResults:
             "exc_module": kind.__module__,
         }
 
-    # --- hooks of celery.backends.base.Backend and BaseKeyValueStoreBackend ---
+    def get_key_for_task(self, task_id: Any, key: Any = "") -> Any:
+        """Return the key of a result, under its owner's name."""
+        return super().get_key_for_task(self._owned(task_id), key)
 
-    def _get_result_meta(self, result: Any, state: str, traceback: Any, request: Any, **options: Any) -> dict[str, Any]:
-        meta: dict[str, Any] = super()._get_result_meta(result, state, traceback, request, **options)  # type: ignore[misc]  # of Backend
-        meta["origin"] = getattr(request, "origin", None) or str(self._hardening.signer.identity)
-        return meta
+    def get_key_for_group(self, group_id: Any, key: Any = "") -> Any:
+        """Return the key of a group, under its owner's name."""
+        return super().get_key_for_group(self._owned(group_id), key)
+
+    def get_key_for_chord(self, group_id: Any, key: Any = "") -> Any:
+        """Return the key of a chord, under its owner's name."""
+        return super().get_key_for_chord(self._owned(group_id), key)
+
+    def _strip_prefix(self, key: Any) -> str:
+        return str(super()._strip_prefix(key)).partition(":")[2]
+
+    def store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
+    ) -> Any:
+        """Store a result on behalf of the request's origin."""
+        with ownership.acting_for(request):
+            return super().store_result(task_id, result, state, traceback, request, **kwargs)
+
+    def mark_as_failure(
+        self, task_id: str, exc: BaseException, traceback: Any = None, request: Any = None, **kwargs: Any
+    ) -> Any:
+        """Store a failure, fail the rest of its chain and send its errbacks, all on behalf of the request's origin."""
+        with ownership.acting_for(request):
+            return super().mark_as_failure(task_id, exc, traceback, request, **kwargs)
+
+    def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count a chord's part, and send its body, on behalf of the request's origin."""
+        with ownership.acting_for(request):
+            return super().on_chord_part_return(request, *args, **kwargs)
 
     def _restore_group(self, group_id: str) -> Any:
-        meta = super()._restore_group(group_id)  # type: ignore[misc]  # of BaseKeyValueStoreBackend
+        meta = super()._restore_group(group_id)
         if meta and meta["result"].id != group_id:
             raise ForeignResult("of another group")
         return meta
 
     def _get_task_meta_for(self, task_id: str) -> Any:
         try:
-            meta = super()._get_task_meta_for(task_id)  # type: ignore[misc]  # of Backend
+            meta = super()._get_task_meta_for(task_id)
             return self._own(meta, task_id)
         except MessageRefused:
             if self._hardening.signer.identity.role is Role.WORKER:
@@ -140,28 +170,26 @@ class SignedResults:
             raise
 
     def _mget_to_results(self, values: Any, keys: list[Any], *args: Any) -> dict[str, Any]:
-        found: dict[str, Any] = super()._mget_to_results(values, keys, *args)  # type: ignore[misc]  # of BaseKeyValueStoreBackend
-        owned = {task_id: self._own(meta, task_id) for task_id, meta in found.items()}
-        return {task_id: meta for task_id, meta in owned.items() if meta["status"] != states.PENDING}
+        found: dict[str, Any] = super()._mget_to_results(values, keys, *args)
+        return {task_id: self._own(meta, task_id) for task_id, meta in found.items()}
 
     def _own(self, meta: dict[str, Any], task_id: str) -> dict[str, Any]:
-        """Return ``meta`` if it is the result of ``task_id`` for this caller.
-
-        A genuine result for another caller under this id counts as none: the true one can still replace it.
+        """Return ``meta`` if it is the result of ``task_id``.
 
         Raises:
             ForeignResult: it is the result of another task.
         """
-        if meta.get("status") == states.PENDING:
-            return meta
-        if meta.get("task_id") != task_id:
+        if meta.get("status") != states.PENDING and meta.get("task_id") != task_id:
             audit.record(audit.Event.RESULT_REFUSED, code=ForeignResult.code, id=task_id)
             raise ForeignResult
+        return meta
+
+    def _owned(self, name: Any) -> str:
+        """Return an id under its owner's name: the same id of two callers is two keys."""
+        if not name:
+            raise ValueError("an id must not be empty")
         own = self._hardening.signer.identity
-        origin = Identity.parse(str(meta.get("origin")))
-        if own.role in {Role.WORKER, Role.OPERATOR} or origin == own or origin.role is Role.WORKER:
-            return meta
-        return dict(_PENDING)
+        return f"{ownership.namespace(ownership.owner(own), own)}:{name}"
 
 
 class _VerifyingConsumer(RedisResultConsumer):
@@ -184,6 +212,7 @@ class _VerifyingConsumer(RedisResultConsumer):
         self._decode_result = decode_or_ignore
 
     def on_state_change(self, meta: dict[str, Any], message: Any) -> None:
+        """Hand over what verified."""
         if meta.get("task_id") is not None:
             super().on_state_change(meta, message)
 

@@ -5,7 +5,7 @@ Rests on: Pydantic in strict mode over the task's own signature. JSON has no tup
 are read from their JSON form; nothing else is converted (``"1"`` is no int).
 Controls: VAL-1.
 
-The wrapper replaces ``task.run`` outside of ``autoretry_for``, so a bad argument fails at once instead of being retried.
+The wrapper replaces ``task.run`` outside of ``autoretry_for``, so a bad argument fails at once and is not retried.
 """
 
 from __future__ import annotations
