@@ -69,7 +69,7 @@ class TaskClaims(BaseModel):
     """The payload of a task envelope.
 
     ``iat`` and ``exp`` are whole seconds since the epoch. ``iss`` signs now; ``origin`` is on whose behalf,
-    ``owner`` whose ids these are; they differ from ``iss`` only where a worker sends because of a message (see ``ownership``).
+    ``owner`` whose ids these are; they differ from ``iss`` only where a worker sends for a message (see ``ownership``).
     """
 
     model_config = _STRICT
