@@ -2,9 +2,10 @@
 
 Guards against: messages that kill the worker or loop for ever before any consumer code runs. An AMQP timestamp of 2^62
 in a header raises OSError in the parser, which Celery takes for a lost connection; a routing key that is no UTF-8 ends
-the worker; a ``compression`` header expands 290 KB to a gigabyte, or loses the message when its method is unknown.
+the worker; a ``compression`` header expands 290 KB to a gigabyte, or loses the message when its method is unknown; a
+content encoding of ``punycode`` keeps the worker busy for a minute per megabyte of body.
 Rests on: every message passing py-amqp's frame handler and the channel's ``Message`` class. What cannot be parsed is
-delivered without its properties and carries its refusal; the gate quarantines it.
+delivered without its properties and carries its refusal; the gate quarantines it. Bodies stay bytes.
 Controls: INT-1, SER-3, TLS-1.
 """
 
@@ -87,6 +88,10 @@ class AmqpMessage(pyamqp.Message):
 
 class _AmqpChannel(pyamqp.Channel):
     Message = AmqpMessage
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Decoding a body would let the message choose the codec, before anything of it is checked.
+        super().__init__(*args, **{**kwargs, "auto_decode": False})
 
 
 class _AmqpConnection(pyamqp.Connection):
