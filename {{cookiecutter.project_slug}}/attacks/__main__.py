@@ -17,11 +17,15 @@ from .attack import catalogue
 
 def main() -> int:
     """The command: 0, 1 when an attack has the wrong outcome, 2 when one proves nothing, 3 when none could be run."""
-    parser = argparse.ArgumentParser(prog="attacks", description="The same attacks on stock Celery and on this project.")
+    parser = argparse.ArgumentParser(
+        prog="attacks", description="The same attacks on stock Celery and on this project."
+    )
     parser.add_argument("--json", action="store_true", help="print the report instead of the table")
     parser.add_argument("--only", action="append", metavar="ID", help="run this one, may be given again; with evidence")
     parser.add_argument("--list", action="store_true", help="list the attacks and run none")
-    parser.add_argument("--folder", type=Path, default=suite.PROJECT / ".stack-attacks", help="where servers keep their files")
+    parser.add_argument(
+        "--folder", type=Path, default=suite.PROJECT / ".stack-attacks", help="where servers keep their files"
+    )
     options = parser.parse_args()
     attacks = catalogue()
     if options.list:
@@ -53,6 +57,9 @@ def main() -> int:
         for row in rows if options.only else ():
             for trial in (row.stock, row.ours):
                 print(f"{row.attack.id} on {trial.target}, {trial.seconds:.1f} s: {trial.evidence}")
+        waiting = [] if options.only else [one for one in attacks if one.pending]
+        for one in waiting:
+            print(f"{one.id:5}  {one.title:43}  not run: {one.pending} is still to come")
         print(f"\n{report.summary(rows)} Evidence: {path.relative_to(suite.PROJECT)}")
     for complaint in filter(None, (row.complaint for row in rows)):
         print(complaint, file=sys.stderr)

@@ -30,8 +30,6 @@ from .wire import Message
 
 _TASK, _RESULT = "celery-task+jws", "celery-result+jws"
 _AUDIENCE = "spiffe://victim.test/development/victim"
-#: Claims beside the task's own.
-_OUTER = frozenset({"iss", "aud", "iat", "exp", "jti", "origin", "queue", "args", "kwargs", "embed"})
 
 
 class Ours(Target):
@@ -53,10 +51,14 @@ class Ours(Target):
         self.signers |= {
             "stranger": stranger.signer("stranger", f"{_AUDIENCE}/client"),
             "staging": signing.signer("staging", f"{_AUDIENCE.replace('development', 'staging')}/client"),
-            "neighbour": signing.signer("neighbour", f"{_AUDIENCE.replace('development/victim', 'development/other')}/client"),
+            "neighbour": signing.signer(
+                "neighbour", f"{_AUDIENCE.replace('development/victim', 'development/other')}/client"
+            ),
         }
         clients = {
-            role: Pair(Path(settings[role]["SECURE_CELERY_TLS_CERTIFICATE"]), Path(settings[role]["SECURE_CELERY_TLS_KEY"]))
+            role: Pair(
+                Path(settings[role]["SECURE_CELERY_TLS_CERTIFICATE"]), Path(settings[role]["SECURE_CELERY_TLS_KEY"])
+            )
             for role in ("client", "worker")
         }
         self.attacker = self.wire(stack.topology.vhost, clients["client"])
@@ -92,23 +94,20 @@ class Ours(Target):
         data = _b64(json.dumps(fields, separators=(",", ":")).encode()) + b"." + _b64(payload)
         return data + b"." + _b64(self._key(signer).sign(data))
 
-    def _claims(self, signer: str, task: str, args: Any, embed: Mapping[str, Any] | None, /, **claims: Any) -> dict[str, Any]:
-        now, task_id = int(time.time()), str(uuid.uuid4())
-        outer = {name: value for name, value in claims.items() if name in _OUTER}
-        inner = {name: value for name, value in claims.items() if name not in _OUTER and value is not None}
-        identity = self._identity(signer)
+    def _claims(
+        self, signer: str, task: str, args: Any, embed: Mapping[str, Any] | None, /, **claims: Any
+    ) -> dict[str, Any]:
+        """An honest message's claims, made those of another signer and another task."""
+        honest = _claims_of(self.capture("attacks.pay", 1).body)
+        identity, task_id = self._identity(signer), str(uuid.uuid4())
+        names = {"name": task, "id": task_id, "root_id": task_id, "correlation_id": task_id}
+        inner = {name: value for name, value in claims.items() if name not in honest and value is not None}
+        outer = {name: value for name, value in claims.items() if name in honest}
         return {
-            "iss": identity,
-            "aud": _AUDIENCE,
-            "iat": now,
-            "exp": now + 600,
-            "jti": uuid.uuid4().hex,
-            "origin": identity,
-            "queue": self.queue,
-            "task": {"name": task, "id": task_id, "root_id": task_id, "ignore_result": False, **inner},
+            **{name: identity if value == honest["iss"] else value for name, value in honest.items()},
             "args": args,
-            "kwargs": {},
-            "embed": {"callbacks": None, "errbacks": None, "chain": None, "chord": None, **(embed or {})},
+            "task": {**honest["task"], **names, **inner},
+            "embed": {**honest["embed"], **(embed or {})},
             **outer,
         }
 
@@ -137,7 +136,9 @@ class Ours(Target):
         told["task"] |= {{"task": "name"}.get(name, name): value for name, value in claims.items()}
         yield message.with_body(b".".join((header, _b64(json.dumps(told).encode()), signature))).with_headers(**claims)
 
-    def signed(self, signer: str, task: str, /, *args: Any, embed: Mapping[str, Any] | None = None, **claims: Any) -> Message:
+    def signed(
+        self, signer: str, task: str, /, *args: Any, embed: Mapping[str, Any] | None = None, **claims: Any
+    ) -> Message:
         """See `Target`."""
         return self._enveloped(signer, self._claims(signer, task, args, embed, **claims))
 
@@ -189,7 +190,11 @@ class Ours(Target):
         for algorithm in ("none", "None", "", "HS256"):
             fields = {"alg": algorithm, "typ": _TASK, "x5c": _x5c(leaf)}
             data = _b64(json.dumps(fields).encode()) + b"." + _b64(payload)
-            macs = [hmac.digest(public, data, hashlib.sha256) for public in publics] if algorithm == "HS256" else [b"", b"\0"]
+            macs = (
+                [hmac.digest(public, data, hashlib.sha256) for public in publics]
+                if algorithm == "HS256"
+                else [b"", b"\0"]
+            )
             for signature in macs:
                 yield message.with_body(data + b"." + _b64(signature), "application/jose")
 
@@ -199,7 +204,7 @@ class Ours(Target):
         client, stranger = self._chain("client")[0], self._chain("stranger")[0]
         public = stranger.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         jwk = {"kty": "OKP", "crv": "Ed25519", "x": _b64(public).decode()}
-        for header in (
+        headers: tuple[dict[str, Any], ...] = (
             {"x5c": _x5c(client)},
             {"x5c": _x5c(client, stranger)},
             {"x5c": _x5c(stranger, client)},
@@ -209,7 +214,8 @@ class Ours(Target):
             {"x5c": _x5c(client), "jwk": jwk},
             {"x5c": None, "kid": self._identity("client")},
             {"x5c": None, "x5u": "https://127.0.0.1:1/stranger.pem"},
-        ):
+        )
+        for header in headers:
             yield self._message(self._sign_by_hand("stranger", payload, **header), task)
 
     def protocol_1(self, task: str, /, *args: Any, told: str) -> Iterator[Message]:
@@ -219,36 +225,46 @@ class Ours(Target):
         for payload in (old, {**self._claims("client", task, args, None), **old}):
             yield self._message(self._sign("client", json.dumps(payload).encode()), told, task_id)
         plain = json.dumps(old).encode()
-        yield self._message(plain, told, task_id).with_properties(content_type="application/json", application_headers=None)
+        yield self._message(plain, told, task_id).with_properties(
+            content_type="application/json", application_headers=None
+        )
 
     def from_elsewhere(self, task: str, /, *args: Any) -> Iterator[Message]:
         """Addressed to where its signer belongs, addressed to us, and in our client's name."""
+        client = self._identity("client")
         for signer in ("staging", "neighbour"):
             there = self._identity(signer).rpartition("/")[0]
             yield self.signed(signer, task, *args, aud=there)
             yield self.signed(signer, task, *args)
-            yield self.signed(signer, task, *args, iss=f"{_AUDIENCE}/client", origin=f"{_AUDIENCE}/client")
+            yield self.signed(signer, task, *args, iss=client, origin=client)
 
-    def aged(self, days: int, task: str, /, *args: Any) -> Message:
-        """Signed then, for as long as messages are valid."""
-        then = int(time.time()) - days * 86_400
-        return self.signed("client", task, *args, iat=then, exp=then + 86_400)
+    def guises(self, victim: str) -> Iterator[dict[str, Any]]:
+        """Claims that name the victim where they may not."""
+        identity = self._identity(victim)
+        yield {}
+        for names in (("owner",), ("origin",), ("owner", "origin"), ("owner", "origin", "iss")):
+            yield dict.fromkeys(names, identity)
+
+    def outdated(self, task: str, /, *args: Any) -> Message:
+        """Its lifetime was two minutes, two minutes ago: the stack's authority is not old enough for longer ones."""
+        now = int(time.time())
+        return self.signed("client", task, *args, iat=now - 240, exp=now - 120)
 
     def forged_result(self, signer: str, task_id: str, result: object) -> bytes:
-        """The result envelope of a worker, but for the signer."""
-        claims = self._claims(signer, "", [], None)
-        value = {"status": "SUCCESS", "result": result, "traceback": None, "children": [], "task_id": task_id}
-        value["origin"] = claims["iss"]
-        outer = {name: claims[name] for name in ("iss", "aud", "iat")}
-        payload = json.dumps({**outer, "kind": "result", "of": task_id, "value": value}).encode()
-        return self._sign(signer, payload, _RESULT)
+        """An honest result's envelope, but for the signer."""
+        honest = self.app.tasks["attacks.pay"].delay(1)
+        honest.get(timeout=5)
+        claims = _claims_of(self.results.get(self.result_key(honest.id)))
+        claims["value"] |= {"result": result, "task_id": task_id}
+        claims |= {"iss": self._identity(signer), "of": task_id}
+        return self._sign(signer, json.dumps(claims).encode(), _RESULT)
 
     # -- effects ------------------------------------------------------------------------------------------------------
 
     def quarantined(self) -> list[str]:
         """See `Target`; a message that the broker gave up delivering counts as kept too."""
         for record in self.observer.drain(self.stack.topology.quarantine):
-            self._refused.append(json.loads(_unb64(record.body.split(b".")[1]))["code"])
+            self._refused.append(_claims_of(record.body)["code"])
         self._refused += ["dead letter"] * len(self.observer.drain(self.stack.topology.dead))
         return self._refused
 
@@ -268,9 +284,10 @@ class Ours(Target):
         self.quarantined()
         self._refused = []
 
-    def result_key(self, task_id: str) -> str:
-        """See `Target`."""
-        return f"{self.stack.topology.application}:celery-task-meta-{task_id}"
+
+def _claims_of(envelope: bytes) -> dict[str, Any]:
+    claims: dict[str, Any] = json.loads(_unb64(envelope.split(b".")[1]))
+    return claims
 
 
 def _x5c(*chain: x509.Certificate) -> list[str]:

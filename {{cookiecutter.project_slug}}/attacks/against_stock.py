@@ -113,15 +113,24 @@ class Stock(Target):
 
     def _message(self, task: str, body: bytes, properties: Mapping[str, Any] = _AUTH, /, **headers: Any) -> Message:
         task_id = str(uuid.uuid4())
-        celery = {"lang": "py", "task": task, "id": task_id, "root_id": task_id, "retries": 0, "timelimit": [None, None]}
+        celery = {
+            "lang": "py",
+            "task": task,
+            "id": task_id,
+            "root_id": task_id,
+            "retries": 0,
+            "timelimit": [None, None],
+        }
         celery |= {"eta": None, "expires": None, "parent_id": None, "group": None, **headers}
-        return Message(body, {**properties, "application_headers": celery}, "", self.queue, celery["id"])
+        return Message(body, {**properties, "application_headers": celery}, "", self.queue, str(celery["id"]))
 
     def retold(self, task: str, /, *args: Any, **claims: Any) -> Iterator[Message]:
         """The signature covers the body only: what is in a header can be rewritten."""
         yield self.capture(task, *args).with_headers(**claims)
 
-    def signed(self, signer: str, task: str, /, *args: Any, embed: Mapping[str, Any] | None = None, **claims: Any) -> Message:
+    def signed(
+        self, signer: str, task: str, /, *args: Any, embed: Mapping[str, Any] | None = None, **claims: Any
+    ) -> Message:
         """See `Target`."""
         canvas = {"callbacks": None, "errbacks": None, "chain": None, "chord": None, **(embed or {})}
         body = json.dumps([args, {}, canvas]).encode()
@@ -157,8 +166,12 @@ class Stock(Target):
         """A caller has one key: what it signed for one application holds in each that trusts it."""
         yield self.capture(task, *args)
 
-    def aged(self, days: int, task: str, /, *args: Any) -> Message:
-        """Nothing in the message says when it was signed."""
+    def guises(self, victim: str) -> Iterator[dict[str, Any]]:
+        """None is needed: nobody owns an id."""
+        yield {}
+
+    def outdated(self, task: str, /, *args: Any) -> Message:
+        """Nothing in the message says when it was signed, or until when it holds."""
         return self.capture(task, *args)
 
     def forged_result(self, signer: str, task_id: str, result: object) -> bytes:
@@ -169,7 +182,3 @@ class Stock(Target):
     def quarantined(self) -> list[str]:
         """There is none."""
         return []
-
-    def result_key(self, task_id: str) -> str:
-        """See `Target`."""
-        return f"celery-task-meta-{task_id}"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # What the attacker must hold, from little to much. Everyone here has a broker account that may publish to the queue.
 PUBLISH = "publish to the queue"
 SEEN = "publish + one message seen"
+RESULT_SEEN = "publish + one result seen"
 SIGNER = "a client's signing key"
 LOW_SIGNER = "a monitor's signing key"
 BACKEND = "write to the backend"

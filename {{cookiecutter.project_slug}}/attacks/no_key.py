@@ -65,10 +65,10 @@ def bomb(target: Target) -> str | None:
     packer = zlib.compressobj(9)
     block = bytes(2**20)
     body = b"".join([*(packer.compress(block) for _ in range(290)), packer.flush()])
-    target.inject(to_pay(target, body).with_headers(compression="application/x-gzip"))
-    target.outage()
+    target.inject(to_pay(target, body, "application/data").with_headers(compression="application/x-gzip"))
+    outage = target.outage()
     grown = (target.peak_memory() - before) // 2**20 if target.worker.alive() else 0
-    return f"the worker grew by {grown} MB" if grown > 100 or not target.worker.alive() else None
+    return f"{len(body) // 1000} KB made the worker grow by {grown} MB" if grown > 100 else outage
 
 
 @attack("F8", "Fail another caller's pending task", control="AUT-6", assumes=PUBLISH)
@@ -99,7 +99,12 @@ def lost_stranger(target: Target) -> str | None:
 @attack("F17", "Lose what is not even a task message", control="INT-1", assumes=PUBLISH)
 def lost_garbage(target: Target) -> str | None:
     message = to_pay(target)
-    for body, content_type in ((b"garbage", TEXT), (b"[1]", TEXT), (b"7", "application/json"), (b"", "application/data")):
+    for body, content_type in (
+        (b"garbage", TEXT),
+        (b"[1]", TEXT),
+        (b"7", "application/json"),
+        (b"", "application/data"),
+    ):
         target.inject(message.with_body(body, content_type).with_properties(application_headers=None))
     target.inject(Message(b"", {}, message.exchange, message.routing_key))
     target.inject(message.with_headers(eta=[1]))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .attack import SEEN, attack
-from .target import Target
+from .attack import RESULT_SEEN, SEEN, attack
+from .target import Target, within
 
 REFUND = "attacks.refund"
 
@@ -100,8 +100,17 @@ def other_environment(target: Target) -> str | None:
     return "a payment was made that was meant for elsewhere" if target.ran("pay") else None
 
 
-@attack("X13", "Deliver a message from last month", control="SIG-4", assumes=SEEN)
+@attack("X13", "Deliver a message that is out of date", control="SIG-4", assumes=SEEN)
 def stale(target: Target) -> str | None:
-    target.inject(target.aged(30, "attacks.pay", 5))
+    target.inject(target.outdated("attacks.pay", 5))
     target.settle()
-    return "a payment of last month was made" if target.ran("pay") else None
+    return "an outdated payment was made" if target.ran("pay") else None
+
+
+@attack("X19", "Stop the fleet: a signed result for a task", control="INT-2", assumes=RESULT_SEEN)
+def result_for_task(target: Target) -> str | None:
+    """Whatever a worker has signed is signed; what it was for must be part of it."""
+    result = target.app.tasks["attacks.pay"].delay(5)
+    value = within(5.0, lambda: target.results.get(target.result_key(result.id)))
+    target.inject(target.capture("attacks.pay", 5).with_body(value))
+    return target.outage()

@@ -87,8 +87,7 @@ def shutdown(target: Target) -> str | None:
 @attack("F21", "Have the worker send a retry elsewhere", control="SIG-3", assumes=SIGNER)
 def redirected_retry(target: Target) -> str | None:
     """Keys in `embed` are spread over the request after every check."""
-    away = {"exchange": target.capture("attacks.pay", 1, queue=target.other_queue).exchange}
-    away["routing_key"] = target.other_queue
+    away = {"exchange": target.capture("attacks.pay", 1).exchange, "routing_key": target.other_queue}
     target.observer.purge(target.other_queue)
     target.inject(target.signed("client", "attacks.flaky", "order", embed={"delivery_info": away}))
     target.settle()
@@ -100,7 +99,9 @@ def redirected_retry(target: Target) -> str | None:
 def drop_by_id(target: Target) -> str | None:
     """An expired message is remembered as revoked, by id: the victim's id."""
     victim = target.capture("attacks.pay", 7)
-    target.inject(target.signed("shop", "attacks.pay", 1, id=victim.task_id, expires="2001-01-01T00:00:00+00:00"))
+    for guise in target.guises("client"):
+        expired = {"id": victim.task_id, "expires": "2001-01-01T00:00:00+00:00", **guise}
+        target.inject(target.signed("shop", "attacks.pay", 1, **expired))
     target.settle()
     target.inject(victim)
     target.settle()
@@ -112,7 +113,8 @@ def drop_by_id(target: Target) -> str | None:
 def squat_on_id(target: Target) -> str | None:
     """A task of one's own under the victim's id: its result is stored first, and stays."""
     victim = target.capture("attacks.pay", 7)
-    target.inject(target.signed("shop", "attacks.pay", 1, id=victim.task_id))
+    for guise in target.guises("client"):
+        target.inject(target.signed("shop", "attacks.pay", 1, id=victim.task_id, **guise))
     target.settle()
     target.inject(victim)
     target.settle()
@@ -120,11 +122,22 @@ def squat_on_id(target: Target) -> str | None:
     return f"the victim paid 7 and is told {answer!r}" if answer != 7 else None
 
 
+@attack("F22.3", "Fail another caller's pending task", control="AUT-6", assumes=SIGNER)
+def fail_by_id(target: Target) -> str | None:
+    """F8 by one who has a key: what is refused is answered, and must not be answered to the victim."""
+    victim = target.capture("attacks.pay", 7)
+    for guise in target.guises("client"):
+        target.inject(target.signed("shop", "attacks.no-such-task", 1, id=victim.task_id, **guise))
+    target.settle()
+    state = target.state(victim.task_id)
+    return f"the caller is told {state} of a task that never ran" if state != "PENDING" else None
+
+
 @attack("F23", "Have an errback run in the main process", control="AUT-3", assumes=SIGNER)
 def inline_errback(target: Target) -> str | None:
     """A task that is killed by its time limit fails in the main process, where the keys are and consuming happens."""
     errback = {**WIPE, "task": "attacks.notify", "args": [], "immutable": False}
-    target.inject(target.signed("client", "attacks.work", 5.0, embed={"errbacks": [errback]}, timelimit=[0.3, None]))
+    target.inject(target.signed("client", "attacks.work", 5.0, embed={"errbacks": [errback]}, timelimit=[0.6, 0.3]))
     target.settle()
     here = [one for one in target.ran("notify") if one["pid"] == target.worker.pid]
     return "the errback ran in the worker's main process" if here else None

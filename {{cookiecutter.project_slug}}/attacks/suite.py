@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stack import Stack
+from stack.pki import Pair
 
 from . import against_stock
 from .against_ours import Ours
@@ -29,7 +31,9 @@ from .target import Target
 
 PROJECT = Path(__file__).resolve().parents[1]
 OBSERVER = "attacks.observer"
-TARGETS: dict[str, type[Target]] = {"stock": Stock, "ours": Ours}
+LIMIT = 120.0
+"""Seconds that one attack may take, restarts included; most take less than one."""
+TARGETS: dict[str, Callable[[Stack, Pair], Target]] = {"stock": Stock, "ours": Ours}
 
 
 def definitions(document: dict[str, Any]) -> dict[str, Any]:
@@ -72,31 +76,43 @@ def run(attacks: list[Attack], folder: Path, progress: Callable[[Trial], None]) 
             sending.close()
             children.append((child, receiving))
         try:
-            open_pipes = [receiving for _, receiving in children]
-            while open_pipes:
-                for pipe in wait(open_pipes):
-                    try:
-                        trial = pipe.recv()  # type: ignore[union-attr]  # nothing but our own pipes was waited for
-                    except EOFError:
-                        open_pipes.remove(pipe)  # type: ignore[arg-type]  # as above
-                        continue
-                    trials[trial.id, trial.target] = trial
-                    progress(trial)
+            for trial in _received([receiving for _, receiving in children]):
+                trials[trial.id, trial.target] = trial
+                progress(trial)
+        except BaseException:
+            for child, _ in children:
+                child.terminate()
+            raise
         finally:
             for child, _ in children:
-                child.join(20)
-                if child.is_alive():
-                    child.terminate()
-                    child.join(20)
+                _end(child)
     return [Row(one, *(_trial(trials, one, name) for name in TARGETS)) for one in attacks]
 
 
+def _end(child: BaseProcess) -> None:
+    child.join(10)
+    if child.is_alive():  # it stood still
+        child.terminate()
+        child.join(30)
+
+
+def _received(pipes: list[Connection]) -> Iterator[Trial]:
+    """What the children send, until each has ended or none has sent anything for `LIMIT` seconds."""
+    pipes = list(pipes)
+    while pipes and (ready := wait(pipes, LIMIT)):
+        for pipe in cast("list[Connection]", ready):
+            try:
+                yield pipe.recv()
+            except EOFError:
+                pipes.remove(pipe)
+
+
 def _trial(trials: dict[tuple[str, str], Trial], attack: Attack, target: str) -> Trial:
-    missing = Trial(attack.id, target, ERROR, f"the process for {target} ended before it", 0.0)
+    missing = Trial(attack.id, target, ERROR, f"the process for {target} ended, or stood still, before it", 0.0)
     return trials.get((attack.id, target), missing)
 
 
-def _run_on(name: str, stack: Stack, observer: Any, attacks: list[Attack], pipe: Connection) -> None:
+def _run_on(name: str, stack: Stack, observer: Pair, attacks: list[Attack], pipe: Connection) -> None:
     """A child process: all attacks on one target."""
     logging.disable()  # what libraries say about attacks is no evidence
     target: Target | None = None
@@ -132,14 +148,12 @@ def _attempt(attack: Attack, target: Target) -> Trial:
 def _judged(attack: Attack, target: Target) -> tuple[str, str]:
     target.prepare()
     try:
-        effect = attack.program(target)
+        effect = attack.program(target) or target.unaccounted()
     except Outage as outage:
         # On ours the service stopping is bad enough. On stock it is not what this attack is known to do.
         if target.name == "stock":
             raise BrokenAttack(f"the attack did not come to its effect: {outage}") from None
         effect = str(outage)
-    if effect is None:
-        effect = target.unaccounted()
     evidence = effect or target.defence()
     target.prepare()  # the honest message behind it; with a new worker if the attack has cost the old one
     return (SUCCEEDED if effect else FAILED), evidence

@@ -70,7 +70,9 @@ class Target(ABC):
         """A signed message seen on the wire, told differently in every way that needs no key."""
 
     @abstractmethod
-    def signed(self, signer: str, task: str, /, *args: Any, embed: Mapping[str, Any] | None = None, **claims: Any) -> Message:
+    def signed(
+        self, signer: str, task: str, /, *args: Any, embed: Mapping[str, Any] | None = None, **claims: Any
+    ) -> Message:
         """A message made by hand and signed with the key of `client`, `monitor` or a `stranger`."""
 
     @abstractmethod
@@ -98,20 +100,20 @@ class Target(ABC):
         """Messages signed for another environment by one who is trusted there."""
 
     @abstractmethod
-    def aged(self, days: int, task: str, /, *args: Any) -> Message:
-        """A message as it was signed some days ago."""
+    def guises(self, victim: str) -> Iterator[dict[str, Any]]:
+        """What a signer could add to its own message to pass for the victim."""
+
+    @abstractmethod
+    def outdated(self, task: str, /, *args: Any) -> Message:
+        """A message that was signed too long ago."""
 
     @abstractmethod
     def forged_result(self, signer: str, task_id: str, result: object) -> bytes:
-        """A successful result signed by one who is no worker."""
+        """A successful result as a worker would store it, signed with any key."""
 
     @abstractmethod
     def quarantined(self) -> list[str]:
         """The reasons of the messages that were refused and kept since the last `clear()`."""
-
-    @abstractmethod
-    def result_key(self, task_id: str) -> str:
-        """The backend's key of a result."""
 
     # -- the attacker -------------------------------------------------------------------------------------------------
 
@@ -213,6 +215,11 @@ class Target(ABC):
         except Exception as error:
             return type(error).__name__
 
+    def result_key(self, task_id: str) -> bytes:
+        """The backend's key of a caller's result."""
+        key: bytes = self.app.backend.get_key_for_task(task_id)
+        return key
+
     def peak_memory(self) -> int:
         """The most memory that the worker's main process ever had, in bytes."""
         status = Path(f"/proc/{self.worker.pid}/status").read_text()
@@ -277,12 +284,21 @@ class Target(ABC):
         self.clear()
 
     def check(self) -> None:
-        """A captured message, delivered unchanged by the attacker's account, runs: capture and injection are sound."""
-        self.inject(self.capture("attacks.pay", 1))
-        self.settle()
-        if not self.ran("pay"):
-            raise BrokenAttack(f"on {self.name}, a captured message does not run when it is delivered unchanged")
-        self.clear()
+        """The attacker's hands are sound: what they make is accepted where nothing is wrong with it."""
+        made = {
+            "a captured message, delivered unchanged,": self.capture("attacks.pay", 1),
+            "a message made by hand and signed by a client": self.signed("client", "attacks.pay", 1),
+        }
+        for what, message in made.items():
+            self.inject(message)
+            self.settle()
+            if not self.ran("pay"):
+                raise BrokenAttack(f"{what} does not run on {self.name}")
+            self.clear()
+        pending = self.capture("attacks.pay", 1)
+        self.results.set(self.result_key(pending.task_id), self.forged_result("worker", pending.task_id, 999))
+        if self.answer(pending.task_id) != 999:
+            raise BrokenAttack(f"a result made by hand and signed by a worker is not accepted on {self.name}")
 
     def close(self) -> None:
         """Stop the worker."""

@@ -58,7 +58,7 @@ class Message:
         return replace(self, mangle=mangle)
 
 
-class _Frame(BasicMessage):  # type: ignore[misc]  # amqp has no types
+class _Frame(BasicMessage):
     """A message whose encoded properties can be rewritten on the way to the socket."""
 
     mangle: Mangle | None = None

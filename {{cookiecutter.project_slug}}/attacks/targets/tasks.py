@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from celery import shared_task
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.signals import task_failure, task_revoked
 
 EFFECTS = "ATTACK_EFFECTS"
 
@@ -21,6 +23,18 @@ def leave(effect: str, **details: Any) -> None:
     name = f"{effect}-{uuid.uuid4().hex}"
     (folder / f".{name}").write_text(json.dumps({"effect": effect, "pid": os.getpid(), **details}))
     (folder / f".{name}").rename(folder / name)
+
+
+@task_failure.connect
+def failed(sender: Any = None, **_: Any) -> None:
+    """A task that failed has come to its end too."""
+    leave("failed", task=getattr(sender, "name", None))
+
+
+@task_revoked.connect
+def dropped(sender: Any = None, **_: Any) -> None:
+    """So has one that came too late."""
+    leave("dropped", task=getattr(sender, "name", None))
 
 
 @shared_task(name="attacks.ping")
@@ -57,8 +71,11 @@ def notify(request: Any, error: Any, traceback: Any) -> None:
 
 @shared_task(name="attacks.work", ignore_result=False)
 def work(seconds: float) -> str:
-    """Takes a while, so that it can be cut short."""
-    time.sleep(seconds)
+    """Takes its time, whatever the soft limit says."""
+    try:
+        time.sleep(seconds)
+    except SoftTimeLimitExceeded:
+        time.sleep(seconds)
     leave("work", seconds=seconds)
     return "done"
 
