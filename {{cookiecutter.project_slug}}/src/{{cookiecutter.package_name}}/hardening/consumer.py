@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
+from celery.utils.functional import noop
 from celery.worker.consumer.consumer import Consumer
 from celery.worker.request import Request
 
@@ -36,6 +37,9 @@ class HardenedRequest(Request):
         with ownership.acting_for(self._context):
             return super().on_failure(*args, **kwargs)
 
+#: Seconds in which an idle worker notices that it shall end.
+LOOK_UP = 1.0
+
 
 class HardenedConsumer(Consumer):
     """Celery's consumer behind the gate."""
@@ -55,6 +59,8 @@ class HardenedConsumer(Consumer):
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Return Celery's handler behind the gate."""
+        # The heartbeats that are off also had an idle worker look up often enough to see a signal to end.
+        self.timer.call_repeatedly(LOOK_UP, noop)
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> None:
