@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,17 +55,15 @@ def reachable(folder: Path) -> bool:
 def workshop(name: str) -> Iterator[Path]:
     """Give a folder for a project with a running stack: ``build/``, so that a second run finds its ``.venv``.
 
-    As root the stack's servers are another user's, who cannot enter a closed home: then it is temporary.
+    The stack cannot work where its unprivileged user cannot enter, nor under a name with a space: then the folder
+    is a temporary one.
     """
-    if os.getuid() != 0 or reachable(TEMPLATE):
+    if not any(character.isspace() for character in str(TEMPLATE)) and (os.getuid() != 0 or reachable(TEMPLATE)):
         folder = TEMPLATE / "build" / name
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         yield folder
         return
-    print(
-        f"{TEMPLATE} is closed to the stack's unprivileged user; working in a temporary folder",
-        file=sys.stderr,
-    )
+    print("This folder has a space in its name or is closed to the stack's unprivileged user: working in /var/tmp.")
     with tempfile.TemporaryDirectory(prefix=f"secure-celery-{name}-", dir="/var/tmp") as temporary:
         folder = Path(temporary)
         folder.chmod(0o755)
