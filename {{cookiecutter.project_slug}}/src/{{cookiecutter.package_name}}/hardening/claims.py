@@ -1,30 +1,51 @@
 """What a task message signs: every field Celery acts on, as one set of claims.
 
 Guards against: headers, properties and ``embed`` keys changed or added after signing. Claims *replace* what arrived;
-nothing is compared, so nothing can be forgotten in a comparison.
+nothing is compared, so nothing can be forgotten in a comparison. And against a signer whose own headers or stamps have
+Celery's names: a worker that retries the task sends them again, as its own task name, for example.
 Rests on: RFC 7519 names for the registered claims; Celery's message protocol 2 for the rest.
 Controls: SIG-3, SIG-4.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+import amqp
+import kombu
+from celery import Celery
+from celery import Task as CeleryTask
+from celery.app.amqp import AMQP
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core.core_schema import ErrorType
 
 from . import codec
 from .errors import BadShape
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+#: No control, formatting or private characters and no line separators: these texts end up in logs and on terminals.
+Text = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]+$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 #: A header of the caller's own (tracing, for example). Celery's context turns keys into attributes, so they stay apart.
 Custom = dict[Text, str | int | float | bool | None]
 
 _PLAIN = re.compile(r"[A-Za-z0-9_]{1,40}")
+#: Pydantic's errors without those whose text can hold a part of the value.
+_VALUELESS = frozenset(get_args(ErrorType)) - {
+    "assertion_error",
+    "bytes_invalid_encoding",
+    "get_attribute_error",
+    "iteration_error",
+    "json_invalid",
+    "url_parsing",
+    "union_tag_invalid",
+    "uuid_parsing",
+    "value_error",
+}
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
@@ -52,6 +73,16 @@ class Task(BaseModel):
     stamped_headers: list[Text] | None = None
     stamps: dict[Text, Any] | None = None
     headers: Custom = {}
+
+    @model_validator(mode="after")
+    def _own_names(self) -> Self:
+        """Refuse stamps and the caller's own headers under names that a retry would hand to Celery."""
+        stamps = set(self.stamps or ())
+        if stamps != set(self.stamped_headers or ()):
+            raise BadShape("stamps and stamped_headers differ")
+        if not _CELERYS_HEADERS.isdisjoint(self.headers) or not _CELERYS_OPTIONS.isdisjoint(stamps):
+            raise BadShape("a header or stamp has one of Celery's names")
+        return self
 
 
 class Embed(BaseModel):
@@ -100,7 +131,7 @@ class TaskClaims(BaseModel):
             raise BadShape(places(error)) from None
         for moment in (claims.task.eta, claims.task.expires):
             if moment is not None:
-                timestamp(moment)
+                utc(moment)
         return claims
 
 
@@ -109,7 +140,17 @@ _HEADERS = tuple(
     name for name in Task.model_fields if name not in {"name", "headers", "reply_to", "correlation_id", "priority"}
 )
 #: Headers Celery writes itself and that are not worth signing: they inform nobody but a log.
-_DROPPED = frozenset({"lang", "task", "argsrepr", "kwargsrepr", "origin", "compression"})
+_DROPPED = frozenset({"lang", "task", "argsrepr", "kwargsrepr", "origin", "owner", "compression"})
+_CELERYS_HEADERS = _DROPPED | Task.model_fields.keys()
+#: A stamp becomes an option of ``apply_async``, from where it goes on as an option of each of these.
+_CELERYS_OPTIONS = _CELERYS_HEADERS.union(
+    *(
+        inspect.signature(function).parameters
+        for function in (CeleryTask.apply_async, Celery.send_task, AMQP.as_task_v2, kombu.Producer.publish)
+    ),
+    ("event_dispatcher", "exchange_type", "queue"),  # of AMQP.send_task_message, which is a closure
+    (name for name, _ in amqp.Message.PROPERTIES),
+)
 
 
 def task_fields(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,9 +162,7 @@ def task_fields(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> di
             fields[name] = properties[name]
     stamps = set(headers.get("stamped_headers") or ())
     fields["headers"] = {
-        name: value
-        for name, value in headers.items()
-        if name not in _DROPPED and name not in Task.model_fields and name not in stamps
+        name: value for name, value in headers.items() if name not in _CELERYS_HEADERS and name not in stamps
     }
     return fields
 
@@ -135,6 +174,8 @@ def request_headers(claims: TaskClaims) -> dict[str, Any]:
     headers.update(
         lang="py",
         task=task.name,
+        eta=task.eta and utc(task.eta).isoformat(),  # Celery's parser reads some texts in another way, or not at all
+        expires=task.expires and utc(task.expires).isoformat(),
         timelimit=list(task.timelimit),
         origin=claims.origin,
         owner=claims.owner,
@@ -150,27 +191,34 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def timestamp(moment: str) -> float:
-    """Return the seconds since the epoch of an ISO 8601 time; without an offset it is UTC, as Celery reads it.
+def utc(moment: str) -> datetime:
+    """Return an ISO 8601 time in UTC; without an offset it is UTC already, as Celery reads it.
 
     Raises:
-        BadShape: not ISO 8601.
+        BadShape: not ISO 8601, or before the year 1 or after 9999 in UTC.
     """
     try:
         parsed = datetime.fromisoformat(moment)
-        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+        return parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
     except (ValueError, OverflowError) as error:
         raise BadShape("eta or expires") from error
 
 
-def places(error: ValidationError) -> str:
+def places(error: ValidationError, shown: int = 40) -> str:
     """Name what is wrong where, without any value: ``task.retries: Input should be a valid integer``.
 
-    A place can be a key that the sender chose; only plain names are repeated.
+    A place can be a key that the sender chose; of names, only plain ones among the first ``shown`` parts are repeated.
+    So can be the text of a validator that is not Pydantic's own.
     """
 
     def place(loc: tuple[int | str, ...]) -> str:
-        return ".".join(str(part) if _PLAIN.fullmatch(str(part)) else "?" for part in loc)
+        return ".".join(
+            str(part) if isinstance(part, int) or (depth < shown and _PLAIN.fullmatch(part)) else "?"
+            for depth, part in enumerate(loc)
+        )
 
     details = error.errors(include_url=False, include_context=False, include_input=False)
-    return "; ".join(f"{place(item['loc'])}: {item['msg']}" for item in details[:5])
+    return "; ".join(
+        f"{place(item['loc'])}: {item['msg'] if item['type'] in _VALUELESS else 'is not accepted'}"
+        for item in details[:5]
+    )

@@ -1,7 +1,7 @@
 """JSON, the only inner format: one encoder, one strict decoder.
 
 Guards against: a message choosing its own format (pickle by a trusted signer), and JSON that two parsers read
-differently (duplicate keys, NaN).
+differently (duplicate keys, NaN), or that is nested so deep that Celery's own code runs out of stack.
 Rests on: Celery's own marker convention for dates, decimals, UUIDs and bytes (``kombu.utils.json``), so that hardened
 and plain Celery hand the same values to a task.
 Controls: SER-1, SER-2, SIG-7.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from enum import Enum
+from math import isfinite
 from typing import Any, NoReturn
 
 from kombu.exceptions import EncodeError
@@ -19,6 +20,9 @@ from kombu.utils import json as kombu_json
 from pydantic import BaseModel
 
 from .errors import BadShape
+
+#: How deep lists and objects may be nested.
+DEPTH_MAX = 100
 
 
 class _Encoder(kombu_json.JSONEncoder):
@@ -43,8 +47,29 @@ def _no_constant(_: str) -> NoReturn:
     raise ValueError("NaN and Infinity are not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):  # 1e999: it could not be encoded again, by a retry for example
+        raise ValueError("too large for a float")
+    return value
+
+
+def _limit_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        level = [
+            item
+            for container in level
+            if isinstance(container, dict | list)
+            for item in (container.values() if isinstance(container, dict) else container)
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deep")
+
+
 _encode = _Encoder(separators=(",", ":"), allow_nan=False).encode
-_decode = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_constant).decode
+_decode = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=_finite, parse_constant=_no_constant).decode
 
 
 def encode(value: object) -> bytes:
@@ -64,10 +89,13 @@ def decode(data: bytes) -> Any:
     """Decode JSON.
 
     Raises:
-        BadShape: not UTF-8, not JSON, a duplicate key, a constant that JSON does not have, nested too deep, or a
-            marked value (date, decimal, UUID) that does not parse.
+        BadShape: not UTF-8, not JSON, a duplicate key, a number or constant that JSON does not have, nested deeper
+            than :data:`DEPTH_MAX`, or a marked value (date, decimal, UUID) that does not parse.
     """
     try:
-        return _decode(data.decode("utf-8"))
+        value = _decode(data.decode("utf-8"))
+        if data.count(b"[") + data.count(b"{") > DEPTH_MAX:  # with fewer it cannot be that deep
+            _limit_depth(value)
+        return value
     except Exception as error:  # the decoders of marked values raise whatever their types raise
         raise BadShape(type(error).__name__) from error

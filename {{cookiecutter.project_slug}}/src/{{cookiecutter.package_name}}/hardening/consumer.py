@@ -37,6 +37,7 @@ class HardenedRequest(Request):
         with ownership.acting_for(self._context):
             return super().on_failure(*args, **kwargs)
 
+
 #: Seconds in which an idle worker notices that it shall end.
 LOOK_UP = 1.0
 

@@ -36,6 +36,7 @@ CONTENT_TYPE = "application/jose"
 _COMPACT = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _HEADER_MAX = 16 * 1024  # bytes; three RSA-4096 certificates fit
 _CHAIN_MAX = 3  # certificates
+_HEADERS_MAX = 256 * 1024  # bytes; a quarantined message's own, one frame in base64 twice
 _CACHE_MAX = 1024  # headers
 
 
@@ -86,8 +87,10 @@ class Verifier:
     """Verifies envelopes of any signer that ``trust`` leads to."""
 
     def __init__(self, trust: Trust, max_bytes: int) -> None:
+        """Take the trust anchors and the size of the longest message, in bytes."""
         self._trust = trust
-        self._max_bytes = max_bytes
+        self._max_bytes = dict.fromkeys(Type, max_bytes)
+        self._max_bytes[Type.QUARANTINE] = 2 * max_bytes + _HEADERS_MAX  # holds a message, in base64 twice
         self._known: OrderedDict[tuple[Type, bytes], SignerCertificate] = OrderedDict()
         self._lock = Lock()
 
@@ -98,7 +101,7 @@ class Verifier:
             TooLarge: longer than the limit (checked before anything else).
             Unsigned, Malformed, WrongType, BadSignature, UntrustedSigner, InvalidIdentity: see each.
         """
-        if len(token) > self._max_bytes:
+        if len(token) > self._max_bytes[kind]:
             raise TooLarge
         if isinstance(token, str):
             token = token.encode("ascii", "replace")

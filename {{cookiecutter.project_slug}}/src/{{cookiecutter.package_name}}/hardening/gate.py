@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import canvas
-from .claims import TaskClaims, request_headers, timestamp
+from .claims import TaskClaims, request_headers, utc
 from .envelope import CONTENT_TYPE, Type
 from .errors import (
     BadShape,
@@ -20,7 +20,6 @@ from .errors import (
     FromTheFuture,
     GateFailed,
     MessageRefused,
-    NotValidAtIssue,
     TooLarge,
     UnknownTask,
     Unsigned,
@@ -84,8 +83,7 @@ class Gate:
         claims = TaskClaims.parse(verified.payload)
         if claims.iss != str(verified.signer.identity):
             raise BadShape("iss")
-        if not verified.signer.not_before <= claims.iat <= verified.signer.not_after:
-            raise NotValidAtIssue
+        verified.signer.check_issue(claims.iat)
         if claims.aud != self._hardening.signer.identity.audience:
             raise WrongAudience
         if claims.owner != claims.iss and verified.signer.identity.role is not Role.WORKER:
@@ -98,7 +96,7 @@ class Gate:
         now, skew, task = time.time(), settings.clock_skew, claims.task
         if claims.iat > now + skew:
             raise FromTheFuture
-        start = max(claims.iat, timestamp(task.eta) if task.eta else 0)
+        start = max(claims.iat, utc(task.eta).timestamp() if task.eta else 0)
         if start > claims.iat + settings.message_max_delay or claims.exp > start + settings.message_max_age + 1:
             raise BadShape("exp")
         if claims.exp < now - skew:

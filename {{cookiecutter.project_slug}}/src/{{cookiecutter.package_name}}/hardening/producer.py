@@ -75,7 +75,7 @@ class TaskProducer:
         signer = self._hardening.signer
         now = int(time.time())
         task = claims.task_fields(headers, options)
-        eta = claims.timestamp(task["eta"]) if "eta" in task else now
+        eta = claims.utc(task["eta"]).timestamp() if "eta" in task else now
         return signer.sign(
             Type.TASK,
             codec.encode(

@@ -84,6 +84,7 @@ class Quarantine:
 
     def _record(self, message: Any, refusal: MessageRefused) -> dict[str, Any]:
         body = _bytes(message.body)
+        kept = self._hardening.settings.message_max_bytes  # of a longer body its start and its hash are kept
         delivery = message.delivery_info or {}
         return {
             "iss": str(self._hardening.signer.identity),
@@ -97,10 +98,10 @@ class Quarantine:
             "content_type": str(message.content_type)[:_TEXT_MAX],
             "content_encoding": str(message.content_encoding)[:_TEXT_MAX],
             "headers": ascii(message.headers)[: 16 * _TEXT_MAX],
-            "unparsed": base64.b64encode(message.unparsed[:BODY_MAX]).decode("ascii"),
+            "unparsed": base64.b64encode(message.unparsed[:kept]).decode("ascii"),
             "size": len(body),
             "sha256": hashlib.sha256(body).hexdigest(),
-            "body": base64.b64encode(body[:BODY_MAX]).decode("ascii"),
+            "body": base64.b64encode(body[:kept]).decode("ascii"),
         }
 
 

@@ -18,6 +18,7 @@ from celery import states
 from celery.backends.cache import CacheBackend
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
+from celery.result import result_from_tuple
 from celery.utils.serialization import ensure_serializable
 from kombu.exceptions import EncodeError
 
@@ -101,6 +102,7 @@ class SignedResults(Backend):
             raise ForeignResult("not signed by a worker")
         if claims["owner"] != ownership.owner(own):
             raise ForeignResult("of another caller")
+        verified.signer.check_issue(claims["iat"])
         return claims["value"]
 
     def store_refusal(self, refusal: MessageRefused) -> None:
@@ -111,8 +113,10 @@ class SignedResults(Backend):
         request = SimpleNamespace(origin=claims.origin, owner=claims.owner, children=[])
         self.store_result(claims.task.id, refusal, states.FAILURE, request=request)
 
-    def prepare_exception(self, exc: BaseException, serializer: str | None = None) -> dict[str, Any]:
+    def prepare_exception(self, exc: BaseException, serializer: str | None = None) -> Any:
         """Return the stored form of an exception, as Celery does, but never sign just to see what can be encoded."""
+        if serializer == "pickle":  # from a pool's child to its parent, never stored
+            return super().prepare_exception(exc, serializer)
         kind = type(exc)
         return {
             "exc_type": kind.__qualname__,
@@ -154,11 +158,26 @@ class SignedResults(Backend):
         with ownership.acting_for(request):
             return super().on_chord_part_return(request, *args, **kwargs)
 
+    def decode_result(self, payload: Any) -> Any:
+        """Verify a stored result and return it, with its exception made.
+
+        Raises:
+            MessageRefused: it is refused, or is a genuine value of another kind.
+        """
+        meta = self.decode(payload)
+        kind = _kind(meta)
+        if kind is None or kind[0] != _RESULT:
+            raise _foreign("not a result")
+        return self.meta_from_decoded(meta)
+
     def _restore_group(self, group_id: str) -> Any:
-        meta = super()._restore_group(group_id)
-        if meta and meta["result"].id != group_id:
-            raise ForeignResult("of another group")
-        return meta
+        payload = self.get(self.get_key_for_group(group_id))
+        if not payload:
+            return None
+        meta = self.decode(payload)
+        if _kind(meta) != (_GROUP, group_id):
+            raise _foreign("not this group")
+        return {"result": result_from_tuple(meta["result"], self.app)}
 
     def _get_task_meta_for(self, task_id: str) -> Any:
         try:
@@ -179,9 +198,8 @@ class SignedResults(Backend):
         Raises:
             ForeignResult: it is the result of another task.
         """
-        if meta.get("status") != states.PENDING and meta.get("task_id") != task_id:
-            audit.record(audit.Event.RESULT_REFUSED, code=ForeignResult.code, id=task_id)
-            raise ForeignResult
+        if meta["status"] != states.PENDING and meta["task_id"] != task_id:
+            raise _foreign("of another task", task_id)
         return meta
 
     def _owned(self, name: Any) -> str:
@@ -239,6 +257,11 @@ class SignedMemoryBackend(SignedResults, CacheBackend):
 
 #: Result backends by URL scheme; ``harden`` gives them to Celery's loader, which wants names.
 BACKENDS = {"rediss": f"{__name__}:SignedRedisBackend", "cache": f"{__name__}:SignedMemoryBackend"}
+
+
+def _foreign(detail: str, task_id: str | None = None) -> ForeignResult:
+    audit.record(audit.Event.RESULT_REFUSED, code=ForeignResult.code, detail=detail, id=task_id)
+    return ForeignResult(detail)
 
 
 def _kind(data: Any) -> tuple[str, str] | None:

@@ -26,7 +26,7 @@ from .errors import ConfigurationRefused, InvalidArguments
 _BUILTIN = "celery."
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _typed_dict: Any = TypedDict  # called at run time: mypy wants literals
-_CONFIG = ConfigDict(strict=True, extra="forbid", val_json_bytes="base64")
+_CONFIG = ConfigDict(extra="forbid", val_json_bytes="base64")
 
 
 def make_strict(task: Any) -> None:
@@ -41,16 +41,19 @@ def make_strict(task: Any) -> None:
 
 
 def _validated(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(run, eval_str=True)
+    try:
+        signature = inspect.signature(run, eval_str=True)
+    except NameError as error:
+        raise _refuse(name, f"an annotation names what the task's module lacks ({error})", "import it there") from error
     arguments = _schema(name, list(signature.parameters.values()))
 
     @wraps(run)
     def strict_run(*args: Any, **kwargs: Any) -> Any:
         try:
             given = signature.bind(*args, **kwargs).arguments
-            valid = arguments.validate_json(pydantic_core.to_json(given, bytes_mode="base64"))
+            valid = arguments.validate_json(pydantic_core.to_json(given, bytes_mode="base64"), strict=True)
         except ValidationError as error:
-            raise InvalidArguments(places(error)) from None
+            raise InvalidArguments(places(error, shown=1)) from None  # below the parameter, names can be a dict's keys
         except (TypeError, ValueError):
             raise InvalidArguments("they do not fit the task's parameters") from None
         return run(**valid)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.x509.verification import (
@@ -23,7 +24,7 @@ from cryptography.x509.verification import (
     Store,
 )
 
-from .errors import ConfigurationRefused, InvalidIdentity, UntrustedSigner
+from .errors import ConfigurationRefused, InvalidIdentity, NotValidAtIssue, UntrustedSigner
 from .files import read_public_file
 from .identity import Identity
 from .keys import Verify, algorithm_of, verifier
@@ -49,6 +50,15 @@ class SignerCertificate:
     verify: Verify
     not_before: float
     not_after: float
+
+    def check_issue(self, moment: Any) -> None:
+        """Return if the certificate was valid at ``moment``, in seconds since the epoch.
+
+        Raises:
+            NotValidAtIssue: it was not, or that is no time.
+        """
+        if not isinstance(moment, int) or not self.not_before <= moment <= self.not_after:
+            raise NotValidAtIssue
 
 
 class Trust:
