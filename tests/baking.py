@@ -63,7 +63,10 @@ def workshop(name: str) -> Iterator[Path]:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         yield folder
         return
-    print("This folder has a space in its name or is closed to the stack's unprivileged user: working in /var/tmp.")
+    print(
+        "This folder has a space in its name or is closed to the stack's unprivileged user: working in /var/tmp.",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix=f"secure-celery-{name}-", dir="/var/tmp") as temporary:
         folder = Path(temporary)
         folder.chmod(0o755)

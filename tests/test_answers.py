@@ -242,17 +242,24 @@ def test_the_project_s_own_top_level_names_are_taken(default: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["zip", "repository"])
-def test_a_project_comes_from_a_zip_and_from_a_repository(form: str, template: Path, tmp_path: Path) -> None:
-    clean = Path(shutil.copytree(template, tmp_path / "secure-celery"))
+def test_a_project_comes_from_a_zip_and_from_a_tag_of_a_repository(form: str, template: Path, tmp_path: Path) -> None:
+    """In a process of its own, which has nothing of the template but what it is given."""
+    clean = Path(shutil.copytree(template, tmp_path / "clean" / "secure-celery"))
+    command = [sys.executable, "-m", "cookiecutter", "--no-input", "project_name=Parcel Desk"]
     if form == "zip":
-        source = shutil.make_archive(str(tmp_path / "secure-celery"), "zip", tmp_path, "secure-celery")
+        command[3:3] = [shutil.make_archive(str(tmp_path / "template"), "zip", clean.parent, clean.name)]
     else:
-        source = f"file://{tmp_path}/secure-celery.git"
         identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
-        subprocess.run(["git", "init", "--quiet"], cwd=clean, check=True)
-        subprocess.run(["git", "add", "."], cwd=clean, check=True)
-        subprocess.run(["git", *identity, "commit", "--quiet", "-m", "Begin"], cwd=clean, check=True)
-        subprocess.run(["git", "clone", "--quiet", "--bare", clean, f"{clean}.git"], cwd=tmp_path, check=True)
-    project = bake(tmp_path / "out", source, {"project_name": "Parcel Desk"})
-    assert project == tmp_path / "out" / "parcel-desk"
-    assert (project / "src" / "parcel_desk").is_dir()
+        for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "Begin"], ["tag", "v1"]):
+            subprocess.run(["git", *identity, *arguments], cwd=clean, check=True)
+        (clean / "cookiecutter.json").unlink()
+        subprocess.run(["git", *identity, "commit", "--quiet", "--all", "-m", "Break it"], cwd=clean, check=True)
+        subprocess.run(["git", "clone", "--quiet", "--bare", clean, tmp_path / "template.git"], check=True)
+        command[3:3] = [f"file://{tmp_path}/template.git", "--checkout", "v1"]
+    output = tmp_path / "out"
+    output.mkdir()
+    done = subprocess.run(
+        command, cwd=output, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (output / "parcel-desk" / "src" / "parcel_desk").is_dir()
