@@ -16,12 +16,16 @@ from struct import pack
 from typing import Any, ClassVar
 
 import kombu
+import kombu.connection
 from amqp import basic_message, method_framing, spec
 from amqp.serialization import loads
+from kombu.exceptions import OperationalError
 from kombu.transport import memory, pyamqp
 
 from .errors import Compressed, ConfigurationRefused, MessageRefused, Unparseable
 
+#: Seconds to wait for the broker to confirm a message.
+CONFIRM_TIMEOUT = 10
 _METHOD, _CONTENT_HEADER = 1, 2  # AMQP 0-9-1 section 4.2.3, frame types
 _DELIVER = pack(">HH", *spec.Basic.Deliver)
 _PROPERTIES = 12  # bytes before the property flags: class, weight, body size
@@ -93,6 +97,33 @@ class _AmqpChannel(pyamqp.Channel):
         # Decoding a body would let the message choose the codec, before anything of it is checked.
         super().__init__(*args, **{**kwargs, "auto_decode": False})
 
+    def basic_publish_confirm(self, *args: Any, **kwargs: Any) -> Any:
+        """Publish, and wait until the broker has confirmed the message or said that it cannot route it.
+
+        Raises:
+            amqp.exceptions.ChannelError: it cannot be routed. The broker confirms such a message after returning it;
+                py-amqp raises at once, and leaves the confirmation to the next message, which may not deserve it.
+            kombu.exceptions.OperationalError: no answer. A broker short of memory or disk stops reading and says nothing.
+        """
+        returned: list[Exception] = []
+
+        def on_return(error: Exception, *_: Any) -> None:
+            returned.append(error)
+
+        handlers = self.events["basic_return"]
+        handlers.add(on_return)
+        timeout = kwargs.pop("confirm_timeout", None) or CONFIRM_TIMEOUT
+        try:
+            confirmed = super().basic_publish_confirm(*args, confirm_timeout=timeout, **kwargs)
+        except TimeoutError:
+            self.connection.collect()  # a late answer would count for the next message
+            raise OperationalError(f"the broker has not confirmed the message in {timeout} s") from None
+        finally:
+            handlers.discard(on_return)
+        if returned:
+            raise returned[0]
+        return confirmed
+
 
 class _AmqpConnection(pyamqp.Connection):
     Channel = _AmqpChannel
@@ -154,6 +185,19 @@ class Connection(kombu.Connection):
         if isinstance(self.ssl, dict):
             # kombu writes the first broker's name into the dict, and would check every other broker against it.
             self.ssl = {**self.ssl, "server_hostname": None}
+
+    def Pool(self, limit: int | None = None, **kwargs: Any) -> kombu.connection.ConnectionPool:  # noqa: N802  # kombu's name
+        """Return a pool of connections like this one; kombu's own makes connections of its own class."""
+        return _Pool(self, limit, **kwargs)
+
+
+class _PooledConnection(kombu.connection.PooledConnection, Connection):
+    pass
+
+
+class _Pool(kombu.connection.ConnectionPool):
+    def new(self) -> _PooledConnection:
+        return _PooledConnection(self, **dict(self.connection._info(resolve=False)))
 
 
 def _strip_compression(headers: Any) -> MessageRefused | None:

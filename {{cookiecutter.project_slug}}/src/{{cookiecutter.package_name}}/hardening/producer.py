@@ -50,6 +50,7 @@ class TaskProducer:
             TooLarge: the worker would refuse it for its size.
             ConfigurationRefused: the message's queue is not in the topology.
             amqp.exceptions.ChannelError: the broker refuses it or cannot route it (mandatory, confirmed).
+            kombu.exceptions.OperationalError: the broker cannot be reached, or does not confirm the message.
         """
         if body is not self._body:  # a task-sent event, which Celery publishes through the same producer
             return self._producer.publish(body, **options)
@@ -68,6 +69,7 @@ class TaskProducer:
             },  # for people who look at the queue; nobody trusts them
             content_type=CONTENT_TYPE,
             content_encoding="utf-8",
+            mandatory=True,
         )
 
     def _sign(self, body: Any, headers: dict[str, Any], options: dict[str, Any]) -> bytes:

@@ -21,8 +21,6 @@ from .errors import MessageRefused
 if TYPE_CHECKING:
     from .harden import Hardening
 
-#: Seconds to wait for the broker's confirmation.
-CONFIRM_TIMEOUT = 10
 #: Longest body kept whole, in bytes; of a longer one its start and its hash are kept.
 BODY_MAX = 1024 * 1024
 _TEXT_MAX = 255
@@ -79,7 +77,6 @@ class Quarantine:
                 mandatory=True,
                 retry=True,
                 retry_policy={"max_retries": 2, "interval_start": 0, "interval_step": 0.2},
-                confirm_timeout=CONFIRM_TIMEOUT,
             )
 
     def _record(self, message: Any, refusal: MessageRefused) -> dict[str, Any]:
