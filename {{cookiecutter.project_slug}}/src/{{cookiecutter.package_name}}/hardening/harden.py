@@ -27,6 +27,7 @@ from .producer import SigningAMQP
 from .results import BACKENDS, SignedResults
 from .settings import Settings
 from .strict import make_strict
+from .tls import check_options
 from .topology import Topology
 
 #: Built-in tasks that stand for others. Their callers wait for results, and have no task of their own to say so on.
@@ -83,7 +84,7 @@ class Hardening:
 
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold; nothing may set them differently."""
-        topology = self.topology
+        topology, worker = self.topology, self.signer.identity.role is Role.WORKER
         exchange = Exchange(topology.exchange, type="topic", no_declare=True)
         return {
             "broker_url": self.settings.broker_url,
@@ -93,7 +94,12 @@ class Hardening:
             "broker_transport_options": {"confirm_publish": True},
             "result_backend": self.settings.result_backend_url(),
             "redis_backend_use_ssl": self.settings.tls.redis(),
-            "result_backend_transport_options": {"global_keyprefix": f"{topology.application}:"},
+            "result_backend_transport_options": {
+                "global_keyprefix": f"{topology.application}:",
+                # While the backend is away, a result waits in its worker; who reads it hears within seconds.
+                "retry_policy": {"max_retries": 20 if worker else 3},
+            },
+            "result_backend_always_retry": worker,
             # JSON everywhere; what is inside an envelope does not choose its format.
             "task_serializer": "json",
             "result_serializer": "json",
@@ -149,6 +155,7 @@ class Hardening:
             "worker_proc_alive_timeout": 30.0,
             "broker_connection_retry_on_startup": True,
             "result_expires": 3600,
+            "result_backend_max_retries": 12,  # 20 to 40 seconds
         }
 
     def check(self, app: Celery) -> None:
@@ -194,8 +201,17 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
     app.amqp_cls = type("SigningAMQP", (SigningAMQP, symbol_by_name(app.amqp_cls)), {})
     app.__dict__.pop("amqp", None)  # whatever was made before, with Celery's own classes
     app._pool = app._backend_cache = None
-    app.conf.update(hardening.configuration())
-    app.add_defaults(hardening.defaults())
+    configuration = hardening.configuration()
+    for name in ("broker_use_ssl", "redis_backend_use_ssl"):
+        check_options(name, app.conf[name], configuration[name])
+    app.conf.update(configuration)
+    # Below what the application has set itself; add_defaults() would put them above.
+    defaults = hardening.defaults()
+    if app.conf.task_time_limit or app.conf.task_soft_time_limit:
+        defaults.pop("task_time_limit")  # one of ours beside one of theirs could be a pair that Celery refuses
+        defaults.pop("task_soft_time_limit")
+    app.conf.defaults.insert(-1, defaults)
+    app.conf.maps.insert(-1, defaults)
     app.steps["worker"].add(Preflight)
     app.setup_security = _refuse_stock_signing
     app.on_after_finalize.connect(_keep_results, weak=False)
