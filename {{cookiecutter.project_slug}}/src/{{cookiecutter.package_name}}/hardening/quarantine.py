@@ -21,8 +21,6 @@ from .errors import MessageRefused
 if TYPE_CHECKING:
     from .harden import Hardening
 
-#: Longest body kept whole, in bytes; of a longer one its start and its hash are kept.
-BODY_MAX = 1024 * 1024
 _TEXT_MAX = 255
 
 
@@ -94,7 +92,7 @@ class Quarantine:
             },
             "content_type": str(message.content_type)[:_TEXT_MAX],
             "content_encoding": str(message.content_encoding)[:_TEXT_MAX],
-            "headers": ascii(message.headers)[: 16 * _TEXT_MAX],
+            "headers": _text(message.headers)[: 16 * _TEXT_MAX],
             "unparsed": base64.b64encode(message.unparsed[:kept]).decode("ascii"),
             "size": len(body),
             "sha256": hashlib.sha256(body).hexdigest(),
@@ -104,5 +102,12 @@ class Quarantine:
 
 def _bytes(body: Any) -> bytes:
     if isinstance(body, str):
-        return body.encode("utf-8", "surrogateescape")
-    return bytes(body) if isinstance(body, bytes | bytearray | memoryview) else ascii(body).encode("ascii")
+        return body.encode("utf-8", "surrogatepass")
+    return bytes(body) if isinstance(body, bytes | bytearray | memoryview) else _text(body).encode("ascii")
+
+
+def _text(value: Any) -> str:
+    try:
+        return ascii(value)
+    except RecursionError:
+        return "(nested too deep)"
