@@ -31,6 +31,8 @@ from .wire import Message
 _TASK, _RESULT = "celery-task+jws", "celery-result+jws"
 _AUDIENCE = "spiffe://victim.test/development/victim"
 
+_DEAD = "dead letter"
+
 
 class Ours(Target):
     """The application of `targets/ours.py`."""
@@ -230,8 +232,9 @@ class Ours(Target):
         )
 
     def from_elsewhere(self, task: str, /, *args: Any) -> Iterator[Message]:
-        """Addressed to where its signer belongs, addressed to us, and in our client's name."""
+        """By our client for another application; by others, addressed to theirs, to us, and in our client's name."""
         client = self._identity("client")
+        yield self.signed("client", task, *args, aud=self._identity("neighbour").rpartition("/")[0])
         for signer in ("staging", "neighbour"):
             there = self._identity(signer).rpartition("/")[0]
             yield self.signed(signer, task, *args, aud=there)
@@ -262,15 +265,17 @@ class Ours(Target):
     # -- effects ------------------------------------------------------------------------------------------------------
 
     def quarantined(self) -> list[str]:
-        """See `Target`; a message that the broker gave up delivering counts as kept too."""
+        """See `Target`."""
         for record in self.observer.drain(self.stack.topology.quarantine):
             self._refused.append(_claims_of(record.body)["code"])
-        self._refused += ["dead letter"] * len(self.observer.drain(self.stack.topology.dead))
+        self._refused += [_DEAD] * self.observer.purge(self.stack.topology.dead)
         return self._refused
 
     def unaccounted(self) -> str | None:
-        """A refusal must not lose the message: see `lost`."""
-        return self.lost()
+        """A refusal must not lose the message, nor leave it to the broker to give up on delivering it."""
+        gone = self.lost()
+        dead = self.quarantined().count(_DEAD)
+        return gone or (f"the worker failed on {dead} messages until the broker gave them up" if dead else None)
 
     def defence(self) -> str:
         """See `Target`."""

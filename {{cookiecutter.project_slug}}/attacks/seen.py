@@ -6,12 +6,20 @@ must mean what its signer meant: this task, these arguments, this id, this queue
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 from .attack import RESULT_SEEN, SEEN, attack
 from .target import Target, within
+from .wire import Message
 
 REFUND = "attacks.refund"
+
+
+def states(target: Target, messages: Iterable[Message]) -> set[str]:
+    """What the callers are told."""
+    return {target.state(message.task_id) for message in messages}
 
 
 @attack("F1", "Have a signed payment run as a refund", control="SIG-3", assumes=SEEN)
@@ -51,26 +59,28 @@ def protocol_1(target: Target) -> str | None:
 
 @attack("X7", "Have a task killed by a time limit", control="SIG-3", assumes=SEEN)
 def cut_short(target: Target) -> str | None:
-    for message in target.retold("attacks.work", 1.0, timelimit=[0.3, None]):
+    told = list(target.retold("attacks.work", 1.0, timelimit=[0.3, 0.2]))
+    for message in told:
         target.inject(message)
     target.settle()
-    return "the task was killed half-way" if not target.ran("work") else None
+    return "the task was killed half-way" if "FAILURE" in states(target, told) else None
 
 
 @attack("X8", "Have a task dropped as expired", control="SIG-3", assumes=SEEN)
 def made_to_expire(target: Target) -> str | None:
-    for message in target.retold("attacks.pay", 5, expires="2001-01-01T00:00:00+00:00"):
+    told = list(target.retold("attacks.pay", 5, expires="2001-01-01T00:00:00+00:00"))
+    for message in told:
         target.inject(message)
     target.settle()
-    return "the payment was dropped" if not target.ran("pay") else None
+    return "the payment was dropped" if "REVOKED" in states(target, told) else None
 
 
-@attack("X9", "Have a task put off for a year", control="SIG-3", assumes=SEEN)
+@attack("X9", "Have a task put off till tomorrow", control="SIG-3", assumes=SEEN)
 def put_off(target: Target) -> str | None:
-    for message in target.retold("attacks.pay", 5, eta="2100-01-01T00:00:00+00:00"):
+    tomorrow = datetime.now(UTC) + timedelta(hours=20)
+    for message in target.retold("attacks.pay", 5, eta=tomorrow.isoformat()):
         target.inject(message)
-    target.settle()
-    return "the payment was put off to 2100" if not target.ran("pay") else None
+    return "the worker sits on the payment till tomorrow" if target.lost() else None
 
 
 @attack("X10", "Keep a result from its caller", control="SIG-3", assumes=SEEN)

@@ -59,9 +59,11 @@ def signed_pair(target: Target) -> str | None:
 
 @attack("F9", "Have the worker send what one may not", control="AUT-3", assumes=SIGNER)
 def confused_deputy(target: Target) -> str | None:
-    """A task named in `link` or `chain` is sent by the worker, signed with the worker's key."""
-    target.inject(target.signed("client", "attacks.pay", 1, embed={"callbacks": [WIPE]}))
-    target.inject(target.signed("client", "attacks.pay", 1, embed={"chain": [WIPE]}))
+    """A task named in a message is sent by the worker, signed with the worker's key, and may name more."""
+    nested = {**WIPE, "task": "attacks.pay", "args": [1], "options": {"link": [WIPE]}}
+    group = {**WIPE, "task": "celery.group", "args": [], "kwargs": {"tasks": [WIPE]}, "subtask_type": "group"}
+    for embed in ({"callbacks": [WIPE]}, {"chain": [WIPE]}, {"callbacks": [nested]}, {"callbacks": [group]}):
+        target.inject(target.signed("client", "attacks.pay", 1, embed=embed))
     target.settle()
     return "the worker sent the client's forbidden task" if target.ran("wipe") else None
 
@@ -103,10 +105,12 @@ def drop_by_id(target: Target) -> str | None:
         expired = {"id": victim.task_id, "expires": "2001-01-01T00:00:00+00:00", **guise}
         target.inject(target.signed("shop", "attacks.pay", 1, **expired))
     target.settle()
+    told = target.state(victim.task_id)
     target.inject(victim)
     target.settle()
-    paid = [one["amount"] for one in target.ran("pay")]
-    return "the victim's payment was dropped" if 7 not in paid else None
+    if 7 not in [one["amount"] for one in target.ran("pay")]:
+        return "the victim's payment was dropped"
+    return f"the victim is told {told} of a payment on its way" if told != "PENDING" else None
 
 
 @attack("F22.2", "Answer for another caller's task", control="AUT-6", assumes=SIGNER)

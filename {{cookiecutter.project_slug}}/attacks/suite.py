@@ -55,6 +55,7 @@ def servers(folder: Path) -> Iterator[Stack]:
         definitions=definitions,
         acl=against_stock.BACKEND_RULES,
     )
+    stack.down()  # what a killed run has left
     try:
         stack.up(worker=False)
         yield stack

@@ -124,12 +124,13 @@ class Wire:
             taken.append(Message(body, dict(got.properties), info["exchange"], info["routing_key"]))
         return taken
 
-    def purge(self, queue: str) -> None:
-        """Empty a queue, if there is one."""
+    def purge(self, queue: str) -> int:
+        """Empty a queue, if there is one; how many messages were in it."""
         try:
-            self.channel().queue_purge(queue)
+            return int(self.channel().queue_purge(queue))
         except NotFound:
             self.close()
+            return 0
 
     def close(self) -> None:
         """End the connection."""
