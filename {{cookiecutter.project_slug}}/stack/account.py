@@ -90,6 +90,13 @@ class Account:
         return bool(status.st_mode >> shift & 1)
 
 
+def own_folder(path: Path, mode: int = 0o711) -> Path:
+    """Make a folder that stays ours, whatever the umask; others may pass through to what is theirs below."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(mode)
+    return path
+
+
 def write_own(path: Path, content: bytes | str, mode: int) -> Path:
     """Write a file that stays ours: an unprivileged process may at most read it."""
     data = content.encode() if isinstance(content, str) else content

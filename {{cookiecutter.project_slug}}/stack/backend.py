@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
-from .account import Account, write_own
+from .account import Account, own_folder, write_own
 from .errors import StackFailed
 from .pki import Pair
-from .process import Process, start, wait_until
+from .process import Process, start
 
 #: Exists in the local stack only, for its tests.
 ADMINISTRATOR = "stack-administrator"
@@ -41,7 +43,7 @@ class Backend:
 
     def configure(self, rules: Iterable[str], ca: Path, server: Pair) -> None:
         """Write what is this stack's own: passwords, ACL file, listener, paths."""
-        self.folder.mkdir(mode=0o711)
+        own_folder(self.folder)
         home = self.account.folder(self.folder / "home")
         administrator = f"user {ADMINISTRATOR} on resetpass ~* &* +@all"
         lines = [self._with_password(line) for line in (*rules, administrator)]
@@ -63,7 +65,9 @@ class Backend:
         if match is None:
             return line
         password = secrets.token_urlsafe(32)
-        self.account.write(self.password_file(match[1]), password)
+        file = write_own(self.password_file(match[1]), password, 0o600)
+        if match[1] != ADMINISTRATOR:
+            self.account.give(file)
         return line.replace("resetpass", f"resetpass #{hashlib.sha256(password.encode()).hexdigest()}", 1)
 
     def start(self, log: Path) -> Process:
@@ -76,13 +80,12 @@ class Backend:
         """Wait until the administrator can log in."""
 
         def ready() -> bool:
-            process.require_alive()
             try:
                 return bool(self.administrator(ca, client).ping())
-            except redis.ConnectionError:
+            except (redis.ConnectionError, redis.TimeoutError):
                 return False
 
-        wait_until(ready, f"Redis (see {process.log})", 30)
+        process.wait(ready, 30)
 
     def administrator(self, ca: Path, client: Pair) -> redis.Redis:
         """Connect with all rights."""
@@ -92,6 +95,7 @@ class Backend:
             username=ADMINISTRATOR,
             password=self.password_file(ADMINISTRATOR).read_text(encoding="utf-8"),
             decode_responses=True,
+            retry=Retry(NoBackoff(), 0),
             ssl=True,
             ssl_ca_certs=str(ca),
             ssl_certfile=str(client.certificate),

@@ -7,6 +7,7 @@ Controls: BRK-1, BRK-3, TLS-2.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -17,15 +18,23 @@ from pathlib import Path
 
 import amqp
 
-from .account import Account, write_own
+from .account import Account, own_folder, write_own
 from .errors import StackFailed
 from .pki import Pair
-from .process import Process, start, wait_until
+from .process import Process, start
 
 # Debian's `rabbitmq-server` on the path is a wrapper that insists on the system's account: look behind it first.
 _SEARCH = os.pathsep.join(
     ("/usr/lib/rabbitmq/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/opt/homebrew/sbin")
 )
+
+#: Names of a binding's parts: in definitions, and in ``rabbitmqctl list_bindings``.
+_BINDING = {
+    "source": "source_name",
+    "destination_type": "destination_kind",
+    "destination": "destination_name",
+    "routing_key": "routing_key",
+}
 
 
 class Broker:
@@ -54,7 +63,7 @@ class Broker:
             "RABBITMQ_CONF_ENV_FILE": str(self.folder / "no-env.conf"),
             "RABBITMQ_CONFIG_FILE": str(self.project / "deploy/rabbitmq/rabbitmq.conf"),
             "RABBITMQ_CONFIG_FILES": str(self.folder / "conf.d"),
-            "RABBITMQ_ADVANCED_CONFIG_FILE": str(self.folder / "no-advanced.config"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(self.project / "deploy/rabbitmq/advanced.config"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.project / "deploy/rabbitmq/enabled_plugins"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(home),
             "RABBITMQ_MNESIA_BASE": str(home / "data"),
@@ -65,13 +74,12 @@ class Broker:
 
     def configure(self, definitions: str, ca: Path, server: Pair) -> None:
         """Write what is this stack's own: definitions, listener, paths, cookie."""
-        self.folder.mkdir(mode=0o711)
+        own_folder(self.folder)
         home = self.account.folder(self.folder / "home")
         self.account.write(home / ".erlang.cookie", secrets.token_hex(32)).chmod(0o400)
         loaded = self.account.write(self.folder / "definitions.json", definitions)
-        (self.folder / "conf.d").mkdir(mode=0o755)
         write_own(
-            self.folder / "conf.d/90-stack.conf",
+            own_folder(self.folder / "conf.d", 0o755) / "90-stack.conf",
             f"listeners.ssl.default = 127.0.0.1:{self.port}\n"
             f"ssl_options.cacertfile = {ca}\n"
             f"ssl_options.certfile = {server.certificate}\n"
@@ -97,7 +105,7 @@ class Broker:
         """Wait until an account can log in."""
 
         def ready() -> bool:
-            process.require_alive()
+            complete = b"startup complete" in Path(process.log).read_bytes()
             connection = amqp.Connection(
                 f"127.0.0.1:{self.port}",
                 virtual_host=vhost,
@@ -113,13 +121,29 @@ class Broker:
             )
             try:
                 connection.connect()
-            except (OSError, amqp.AMQPError):
+            except (OSError, amqp.RecoverableConnectionError):
+                if complete:  # it starts even if it cannot listen
+                    raise StackFailed(f"rabbitmq does not listen on port {self.port}; see {process.log}") from None
                 return False
+            except amqp.AMQPError as error:  # it listens only when everything is loaded: this will not change
+                raise StackFailed(f"rabbitmq refuses a login ({error}); see {process.log}") from error
             finally:
                 connection.collect()
             return True
 
-        wait_until(ready, f"RabbitMQ (see {process.log})", 90)
+        process.wait(ready, 90, pause=0.25)
+        self._require_definitions(process)
+
+    def _require_definitions(self, process: Process) -> None:
+        # RabbitMQ starts even if an import breaks off half-way, and logs no error. What it has not read by then are
+        # topic permissions, perhaps, without which every routing key would pass. Bindings come last.
+        wanted = json.loads((self.folder / "definitions.json").read_text(encoding="utf-8"))["bindings"]
+        for vhost in sorted({binding["vhost"] for binding in wanted}):
+            listed = self.control("--vhost", vhost, "list_bindings", "--formatter", "json", *_BINDING.values())
+            found = {tuple(binding[key] for key in _BINDING.values()) for binding in json.loads(listed)}
+            missing = {tuple(b[key] for key in _BINDING) for b in wanted if b["vhost"] == vhost} - found
+            if missing:
+                raise StackFailed(f"rabbitmq did not load all of its definitions; see {process.log}")
 
     def control(self, *arguments: str) -> str:
         """Run ``rabbitmqctl`` against this node and return its output."""

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from .account import Account, write_own
+from .account import Account, own_folder, write_own
 
 LIFETIME = timedelta(days=7)
 #: Clocks differ, also between a host and its containers.
@@ -41,8 +41,7 @@ class Authority:
 
     def __init__(self, folder: Path, name: str, account: Account) -> None:
         """Make the key (mode 0600, ours) and the self-signed certificate ``<folder>/ca.pem``."""
-        folder.mkdir(mode=0o711, parents=True)
-        self.folder = folder
+        self.folder = own_folder(folder)
         self.account = account
         self.key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
@@ -102,14 +101,12 @@ class Pki:
     """The stack's two authorities. ``authority()`` makes more of them, for tests of what must be refused."""
 
     def __init__(self, folder: Path, account: Account) -> None:
-        folder.mkdir(mode=0o711)
-        self.folder = folder
+        self.folder = own_folder(folder)
         self.account = account
         self.tls = self.authority("tls")
         self.signing = self.authority("signing")
         # A folder of trust anchors and of nothing else.
-        self.store = folder / "signing-store"
-        self.store.mkdir(mode=0o755)
+        self.store = own_folder(folder / "signing-store", 0o755)
         write_own(self.store / "ca.pem", self.signing.certificate.read_bytes(), 0o644)
 
     def authority(self, name: str) -> Authority:

@@ -18,7 +18,7 @@ from pathlib import Path
 from .account import Account
 from .errors import StackFailed
 
-_GRACE = 10.0  # seconds from the polite signal to the other one
+_GRACE = 5.0  # seconds from the polite signal to the other one
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
 
@@ -54,27 +54,31 @@ class Process:
         family = self.family()
         if self.alive():
             os.kill(self.pid, signal.SIGTERM)
-        if not _gone(family, _GRACE):
-            family |= self.family()
-            for pid in _running(family):
-                os.kill(pid, signal.SIGKILL)
-            if not _gone(family, _GRACE):
-                raise StackFailed(f"{self.name} (process {self.pid}) does not end")
-        if child := _children.pop(self.pid, None):
-            child.wait()
+        if not _gone(family):
+            self.kill()
 
-    def last_lines(self, count: int = 15) -> str:
-        """The end of its log, for a message to a person."""
-        try:
-            lines = Path(self.log).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as error:
-            return f"(no log: {error.strerror})"
-        return "\n".join(f"  {line}" for line in lines[-count:])
+    def kill(self) -> None:
+        """End the process and its family at once, as a crash or a power cut would."""
+        family = self.family()
+        for pid in _running(family):
+            os.kill(pid, signal.SIGKILL)
+        if not _gone(family):
+            raise StackFailed(f"{self.name} (process {self.pid}) does not end")
 
-    def require_alive(self) -> None:
-        """Raise with the last lines of its log if it has ended."""
-        if not self.alive():
-            raise StackFailed(f"{self.name} ended; the last lines of {self.log}:\n{self.last_lines()}")
+    def wait(self, ready: Callable[[], bool], seconds: float, pause: float = 0.05) -> None:
+        """Wait until it is ready; if it ends, or never is, raise with the end of its log."""
+
+        def ready_or_ended() -> bool:
+            if not self.alive():
+                raise StackFailed(f"{self.name} ended; {self._last_lines()}")
+            return ready()
+
+        if not _holds_within(seconds, ready_or_ended, pause):
+            raise StackFailed(f"{self.name} is not ready after {seconds:.0f} s; {self._last_lines()}")
+
+    def _last_lines(self, count: int = 15) -> str:
+        lines = Path(self.log).read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+        return "\n".join([f"the last lines of {self.log}:", *(f"  {line[:400]}" for line in lines)])
 
     def _is_ours(self, status: _Status | None) -> bool:
         return status is not None and status.started == self.started and self.boot == _boot()
@@ -102,11 +106,17 @@ def start(
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
     """Poll a condition until it holds; raise ``StackFailed`` at the deadline."""
+    if not _holds_within(seconds, condition):
+        raise StackFailed(f"waited {seconds:.0f} s in vain for {what}")
+
+
+def _holds_within(seconds: float, condition: Callable[[], bool], pause: float = 0.05) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise StackFailed(f"waited {seconds:.0f} s in vain for {what}")
-        time.sleep(0.05)
+            return False
+        time.sleep(pause)
+    return True
 
 
 def _running(family: set[tuple[int, int]]) -> list[int]:
@@ -114,12 +124,10 @@ def _running(family: set[tuple[int, int]]) -> list[int]:
     return [pid for pid, started in family if pid in processes and processes[pid].started == started]
 
 
-def _gone(family: set[tuple[int, int]], seconds: float) -> bool:
-    try:
-        wait_until(lambda: not _running(family), "them to end", seconds)
-    except StackFailed:
-        return False
-    return True
+def _gone(family: set[tuple[int, int]]) -> bool:
+    gone = _holds_within(_GRACE, lambda: not _running(family))
+    _collect()
+    return gone
 
 
 @dataclass(frozen=True)
@@ -141,10 +149,16 @@ def _status(pid: int) -> _Status | None:
 
 def _processes() -> dict[int, _Status]:
     """Everything that runs on this machine; what has ended and waits for its parent to notice does not."""
-    for child in _children.values():
-        child.poll()  # ours are noticed here
+    _collect()
     statuses = ((int(entry), _status(int(entry))) for entry in os.listdir("/proc") if entry.isdigit())
     return {pid: status for pid, status in statuses if status is not None and not status.ended}
+
+
+def _collect() -> None:
+    """Notice which of our own children have ended."""
+    for pid, child in list(_children.items()):
+        if child.poll() is not None:
+            del _children[pid]
 
 
 def _boot() -> str:

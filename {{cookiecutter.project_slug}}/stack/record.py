@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .account import write_own
+from .account import own_folder, write_own
 from .errors import StackFailed
 from .process import Process
 
@@ -34,8 +34,7 @@ class Record:
         """Keep other commands out; make the folder if need be, and refuse one that is not a stack's."""
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "lock").exists():
             raise StackFailed(f"{self.folder} holds something that is not a stack's: name another folder")
-        # Others may pass through, to what is theirs below; they can list and write nothing here.
-        self.folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+        own_folder(self.folder)
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             (self.folder / ".gitignore").write_text("*\n", encoding="ascii")
@@ -63,7 +62,7 @@ class Record:
 
     def begin(self, ports: Mapping[str, int]) -> None:
         """Start a new record."""
-        (self.folder / "logs").mkdir(mode=0o700, exist_ok=True)
+        own_folder(self.folder / "logs", 0o700)
         self._save({"ready": False, "ports": dict(ports), "processes": []})
 
     def complete(self) -> None:

@@ -12,12 +12,13 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import install
-from .account import Account
+from .account import Account, own_folder
 from .backend import ADMINISTRATOR, Backend, as_lines
 from .broker import Broker
 from .errors import StackFailed
@@ -122,15 +123,26 @@ class Stack:
         with self._record.locked():
             return self._start_worker(name, app or self.app, env or self.environment("worker"), options)
 
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """Kill a server without warning; in the end, start it again on what it has kept."""
+        with self._record.locked():
+            process = next(process for process in self._record.processes if process.name == name)
+            process.kill()
+            self._record.drop(process)
+        try:
+            yield
+        finally:
+            with self._record.locked():
+                self._start(name)
+
     def rabbitmqctl(self, *arguments: str) -> str:
         """Run ``rabbitmqctl`` against the broker."""
         return self._broker().control(*arguments)
 
     def redis(self, *command: str) -> str:
         """Send a command to the backend as an administrator, who exists only here."""
-        tls = self.folder / "pki/tls"
-        pair = Pair(tls / f"{ADMINISTRATOR}.pem", tls / f"{ADMINISTRATOR}-key.pem")
-        with self._backend().administrator(tls / "ca.pem", pair) as administrator:
+        with self._backend().administrator(*self._tls_client(ADMINISTRATOR)) as administrator:
             return as_lines(administrator.execute_command(*command))
 
     def _check(self) -> None:
@@ -142,28 +154,36 @@ class Stack:
     def _start_servers(self) -> None:
         self._record.begin(dict(zip((*_SERVERS, "distribution"), free_ports(4), strict=True)))
         self._pki = pki = Pki(self.folder / "pki", self.account)
-        administrator = pki.tls.client(ADMINISTRATOR)
-        clients = {role: pki.tls.client(self.topology.account(role)) for role in self.topology.accounts}
         hosts = ("127.0.0.1", "localhost")
-
         broker, backend = self._broker(), self._backend()
         definitions = self._definitions(self._rules.definitions(self.topology))
         broker.configure(json.dumps(definitions), pki.tls.certificate, pki.tls.server("rabbitmq", hosts))
         acl = [*self._rules.acl_text(self.topology).splitlines(), *self._acl]
         backend.configure(acl, pki.tls.certificate, pki.tls.server("redis", hosts))
-        for role, client in clients.items():
-            self._write_environment(role, client)
-
-        self._record.add(broker.start_port_mapper(self._record.log("epmd")))
-        rabbitmq = self._record.add(broker.start(self._record.log("rabbitmq")))
-        redis = self._record.add(backend.start(self._record.log("redis")))
-        backend.wait(redis, pki.tls.certificate, administrator)
-        broker.wait(rabbitmq, self.topology.vhost, pki.tls.certificate, next(iter(clients.values())))
+        pki.tls.client(ADMINISTRATOR)
+        for role in self.topology.accounts:
+            self._write_environment(role)
+        self._start("epmd", "rabbitmq", "redis")
         self._record.complete()
 
-    def _write_environment(self, role: str, client: Pair) -> None:
-        signer = self.pki.signing.signer(role, self._identity(role))
+    def _start(self, *names: str) -> None:
+        broker, backend = self._broker(), self._backend()
+        how = {"epmd": broker.start_port_mapper, "rabbitmq": broker.start, "redis": backend.start}
+        started = {name: self._record.add(how[name](self._record.log(name))) for name in names}
+        if "redis" in started:
+            backend.wait(started["redis"], *self._tls_client(ADMINISTRATOR))
+        if "rabbitmq" in started:
+            account = self.topology.account(next(iter(self.topology.accounts)))
+            broker.wait(started["rabbitmq"], self.topology.vhost, *self._tls_client(account))
+
+    def _tls_client(self, account: str) -> tuple[Path, Pair]:
+        tls = self.folder / "pki/tls"
+        return tls / "ca.pem", Pair(tls / f"{account}.pem", tls / f"{account}-key.pem")
+
+    def _write_environment(self, role: str) -> None:
         account = self.topology.account(role)
+        client = self.pki.tls.client(account)
+        signer = self.pki.signing.signer(role, self._identity(role))
         ports = self._record.ports
         values = {
             "BROKER_URL": f"amqps://127.0.0.1:{ports['rabbitmq']}/{self.topology.vhost}",
@@ -189,8 +209,7 @@ class Stack:
         return f"{base}/{'worker' if role in self.topology.pools else 'client'}/{role}"
 
     def _start_worker(self, name: str, app: str, env: Mapping[str, str], options: Sequence[str]) -> Worker:
-        home = self.folder / "workers" / name
-        home.parent.mkdir(mode=0o711, exist_ok=True)
+        home = own_folder(self.folder / "workers") / name
         if not home.exists():
             self.account.folder(home)
         node = f"{name}@{self.topology.application}-{self._record.ports['rabbitmq']}"

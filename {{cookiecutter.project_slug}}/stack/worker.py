@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .account import Account
-from .process import Process, start, wait_until
+from .process import Process, start
 
 _READY = re.compile(rb"@\S+ ready\.")
 
@@ -69,9 +69,4 @@ def start_worker(
 
 def wait_ready(process: Process) -> None:
     """Wait until the worker consumes."""
-
-    def ready() -> bool:
-        process.require_alive()
-        return bool(_READY.search(Path(process.log).read_bytes()))
-
-    wait_until(ready, f"{process.name} (see {process.log})", 60)
+    process.wait(lambda: bool(_READY.search(Path(process.log).read_bytes())), 60)

@@ -1,0 +1,576 @@
+"""The stack itself: what it leaves behind (nothing), who it runs as, and what its servers let in.
+
+The servers run the files of ``deploy/``: what holds here of listeners, certificates and rights holds in production.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import amqp
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from stack import Stack, StackFailed
+from stack.account import Account
+from stack.ports import free_ports
+from stack.process import Process, start, wait_until
+
+from .conftest import ROOT
+
+DELAYED = "0." * 27 + "1."
+
+
+@pytest.fixture(scope="module")
+def servers(temporary: Path) -> Iterator[Stack]:
+    """Broker and backend alone: these tests put messages into queues that no worker may see."""
+    stack = Stack(ROOT, temporary / "servers")
+    stack.up(worker=False)
+    yield stack
+    stack.down()
+
+
+@pytest.fixture
+def application(servers: Stack) -> str:
+    return str(servers.topology.application)
+
+
+def family(stack: Stack) -> set[tuple[int, int]]:
+    return set().union(*(process.family() for process, _ in stack.status()))
+
+
+def running(family: set[tuple[int, int]]) -> list[int]:
+    """Those that still are what they were; a zombie that nobody has waited for is no more."""
+    left = []
+    for pid, started in family:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[19]) == started and fields[0] not in "ZX":
+            left.append(pid)
+    return left
+
+
+def listening(pids: set[int], protocols: tuple[str, ...] = ("tcp", "udp")) -> set[tuple[str, int]]:
+    """Addresses, in the kernel's hexadecimal, and ports on which these processes listen."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            if match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(descriptor)):
+                inodes.add(match[1])
+    found = set()
+    for table in (f"{protocol}{version}" for protocol in protocols for version in ("", "6")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes and fields[3] in {"0A", "07"}:  # TCP listens, UDP has no peer
+                address, port = fields[1].split(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
+# -- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def test_down_leaves_no_process_no_port_and_no_key(temporary: Path) -> None:
+    stack = Stack(ROOT, temporary / "short-lived")
+    stack.up(worker=False)
+    started = family(stack)
+    ports = {port for _, port in listening({pid for pid, _ in started}, ("tcp",))}
+    assert len(ports) == 4  # amqps, rediss, Erlang's distribution, epmd
+    stack.down()
+    assert running(started) == []
+    for port in ports:
+        with socket.socket() as client:
+            assert client.connect_ex(("127.0.0.1", port)) != 0
+    assert {entry.name for entry in stack.folder.iterdir()} == {"logs", "lock", ".gitignore"}
+    stack.down()  # and once more, which is harmless
+
+
+def test_up_twice_is_harmless(servers: Stack) -> None:
+    before = servers.status()
+    servers.up(worker=False)
+    Stack(ROOT, servers.folder).up(worker=False)  # as another command would
+    assert servers.status() == before
+    assert all(process.alive() for process, _ in before)
+
+
+def test_two_stacks_at_once_do_not_meet(servers: Stack, temporary: Path) -> None:
+    other = Stack(ROOT, temporary / "other")
+    other.up(worker=False)
+    try:
+        assert not {port for _, port in other.status()} & {port for _, port in servers.status()}
+        with pytest.raises(ssl.SSLError):
+            login(servers, "client", authority=other)
+    finally:
+        other.down()
+    assert all(process.alive() for process, _ in servers.status())
+    login(servers, "client").close()
+
+
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [
+        (0, "rabbitmq does not listen on port {}; see "),
+        (1, r"redis ended; the last lines of \S+:\n.*Failed listening on port {}"),
+        (2, r"rabbitmq ended; the last lines of \S+:\n"),
+        (3, r"rabbitmq ended; the last lines of \S+:\n"),
+    ],
+)
+def test_a_port_that_is_taken_is_told_and_nothing_is_left(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, index: int, why: str
+) -> None:
+    stack = Stack(ROOT, temporary / f"without-{index}")
+    seen: set[tuple[int, int]] = set()
+    remember = stack._record.add
+    monkeypatch.setattr(stack._record, "add", lambda process: (remember(process), seen.update(process.family()))[0])
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", 0))
+        taken = squatter.getsockname()[1]
+        ports = [*free_ports(3)]
+        monkeypatch.setattr("stack.stack.free_ports", lambda _: [*ports[:index], taken, *ports[index:]])
+        with pytest.raises(StackFailed, match="(?s)" + why.format(taken)):
+            stack.up(worker=False)
+    assert seen
+    assert running(seen) == []
+    assert not list(stack.folder.glob("*.env"))
+
+
+def test_definitions_that_the_broker_does_not_load_are_noticed(temporary: Path) -> None:
+    def wrong_argument(definitions: dict[str, Any]) -> dict[str, Any]:
+        definitions["queues"][0]["arguments"]["x-max-length-bytes"] = "many"
+        return definitions
+
+    with pytest.raises(StackFailed, match="did not load all of its definitions"):
+        Stack(ROOT, temporary / "half", definitions=wrong_argument).up(worker=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_up_leaves_nothing_that_down_does_not_end(temporary: Path, number: int) -> None:
+    folder = temporary / f"interrupted-{number}"
+    command = [sys.executable, "-m", "stack", "up", "--folder", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True) as up:
+        stack = Stack(ROOT, folder)
+        wait_until(lambda: "redis" in {process.name for process, _ in stack.status()}, "the last server", 30)
+        started = family(stack)
+        up.send_signal(number)
+        up.wait(timeout=60)
+    if number == signal.SIGKILL:
+        assert running(started)
+        done = subprocess.run([*command[:3], "down", "--folder", str(folder)], cwd=ROOT, check=False)
+        assert done.returncode == 0
+    else:
+        assert up.returncode == 128 + number
+    assert running(started) == []
+
+
+def test_a_process_that_got_the_number_of_ours_is_left_alone(tmp_path: Path) -> None:
+    account = Account("tests", os.geteuid(), os.getegid(), switch=False)
+    sleeper = start("sleeper", ["sleep", "60"], env={}, cwd=Path("/"), log=tmp_path / "log", account=account)
+    Process("ours", sleeper.pid, sleeper.started - 1, sleeper.boot, sleeper.log).stop()
+    Process("ours", sleeper.pid, sleeper.started, "another-boot", sleeper.log).stop()
+    assert sleeper.alive()
+    sleeper.stop()
+    assert not sleeper.alive()
+
+
+def test_a_path_with_a_space_is_refused(temporary: Path) -> None:
+    with pytest.raises(StackFailed, match="white space"):
+        Stack(ROOT, temporary / "my stack")
+
+
+def test_a_folder_with_something_else_in_it_is_refused(temporary: Path) -> None:
+    folder = temporary / "documents"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(StackFailed, match="not a stack's"):
+        Stack(ROOT, folder).up()
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+# -- files and users --------------------------------------------------------------------------------------------------
+
+
+def test_servers_do_not_run_as_root(servers: Stack) -> None:
+    for pid, _ in family(servers):
+        uids = re.search(r"^Uid:\s+(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        assert uids is not None
+        assert "0" not in uids[1].split()
+
+
+def test_files_are_closed_to_others(servers: Stack) -> None:
+    secret = re.compile(r"-key\.pem$|\.password$|\.env$|users\.acl$|cookie$|stack\.json$|definitions\.json$")
+    found = 0
+    for path in servers.folder.rglob("*"):
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        assert not mode & 0o022, path
+        if path.is_file() and secret.search(path.name):
+            found += 1
+            assert not mode & 0o077, path
+    assert found > 20
+    for authority in ("tls", "signing"):
+        assert (servers.folder / "pki" / authority / "ca-key.pem").stat().st_uid == os.geteuid()
+
+
+@pytest.mark.parametrize("role", ["client", "worker", "beat", "monitor", "operator"])
+def test_environment_files_are_read_alike_by_shell_docker_and_systemd(servers: Stack, role: str) -> None:
+    file = servers.folder / f"{role}.env"
+    for line in file.read_text().splitlines():
+        assert re.fullmatch(r"SECURE_CELERY_[A-Z_]+=[A-Za-z0-9@:/._-]+", line)  # nothing that any of them would expand
+    shell = subprocess.run(
+        ["sh", "-c", 'set -a; . "$1"; env', "sh", file], env={}, capture_output=True, text=True, check=True
+    )
+    values = dict(line.split("=", 1) for line in shell.stdout.splitlines() if line.startswith("SECURE_CELERY_"))
+    assert values == servers.environment(role)
+
+
+def test_environment_files_hold_no_secret(servers: Stack) -> None:
+    passwords = [file.read_text() for file in servers.folder.glob("redis/*.password")]
+    assert len(set(passwords)) == len(passwords) >= 6
+    for file in servers.folder.glob("*.env"):
+        assert not any(password in file.read_text() for password in passwords)
+
+
+# -- what the servers listen to ---------------------------------------------------------------------------------------
+
+
+def test_everything_listens_on_loopback_only(servers: Stack) -> None:
+    loopback = {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1, ::1
+    found = listening({pid for pid, _ in family(servers)})
+    assert {port for _, port in found} >= {port for _, port in servers.status()}
+    assert {address for address, _ in found} <= loopback
+
+
+def test_the_broker_has_no_plain_listener_and_no_other_login(servers: Stack) -> None:
+    listeners = json.loads(servers.rabbitmqctl("status", "--formatter", "json"))["listeners"]
+    assert {listener["protocol"] for listener in listeners} == {"amqp/ssl", "clustering"}
+    assert servers.rabbitmqctl("eval", "application:get_env(rabbit, auth_mechanisms).").strip() == "{ok,['EXTERNAL']}"
+    plugins = servers.rabbitmqctl("eval", "rabbit_plugins:active().").strip()
+    assert plugins == "[rabbitmq_auth_mechanism_ssl]"
+
+
+def test_the_broker_has_no_account_but_the_topologys(servers: Stack) -> None:
+    users = json.loads(servers.rabbitmqctl("list_users", "--formatter", "json"))
+    assert {user["user"] for user in users} == {servers.topology.account(role) for role in servers.topology.accounts}
+    assert all(not user["tags"] for user in users)
+
+
+def test_the_brokers_limits_are_in_force(servers: Stack, application: str) -> None:
+    for name in ("max_message_size", "connection_max", "channel_max", "consumer_timeout"):
+        [configured] = re.findall(
+            rf"^{name}\s*=\s*(\d+)$", (ROOT / "deploy/rabbitmq/rabbitmq.conf").read_text(), re.MULTILINE
+        )
+        assert servers.rabbitmqctl("eval", f"application:get_env(rabbit, {name}).").strip() == f"{{ok,{configured}}}"
+    limits = json.loads(
+        servers.rabbitmqctl("list_user_limits", "--user", f"{application}.client", "--formatter", "json")
+    )
+    assert "max-connections" in str(limits)
+    queues = servers.rabbitmqctl("-p", application, "list_queues", "name", "policy", "--formatter", "json")
+    bounded = {queue["name"] for queue in json.loads(queues) if queue["policy"] == "delayed-length"}
+    assert bounded == {f"celery_delayed_{level}" for level in range(28)}
+
+
+def test_the_backends_configuration_is_in_force(servers: Stack) -> None:
+    expected = {
+        "port": "0",
+        "tls-auth-clients": "yes",
+        "tls-protocols": "TLSv1.2 TLSv1.3",
+        "maxmemory": str(256 * 1024 * 1024),
+        "maxmemory-policy": "noeviction",
+        "maxclients": "1024",
+        "enable-debug-command": "no",
+        "enable-module-command": "no",
+        "enable-protected-configs": "no",
+        "save": "",
+        "bind": "127.0.0.1",
+    }
+    for name, value in expected.items():
+        assert servers.redis("CONFIG", "GET", name) == f"{name}\n{value}"
+    default = servers.redis("ACL", "GETUSER", "default").splitlines()
+    assert "off" in default
+    assert "-@all" in default
+
+
+def handshake(port: int, context: ssl.SSLContext, first: bytes) -> bytes:
+    """Connect, speak first, and return what comes back: nothing if the server hangs up."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as plain, context.wrap_socket(plain) as tls:
+        tls.sendall(first)  # TLS 1.3 clients learn of a refusal only when they read
+        return tls.recv(64)
+
+
+@pytest.mark.parametrize(("name", "first"), [("rabbitmq", b"AMQP\x00\x00\x09\x01"), ("redis", b"PING\r\n")])
+def test_no_certificate_a_foreign_one_and_old_tls_are_refused(servers: Stack, name: str, first: bytes) -> None:
+    port = {process.name: port for process, port in servers.status()}[name]
+    assert port
+
+    def context(pair: Any = None, newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # this is about whom the server lets in
+        context.minimum_version = ssl.TLSVersion.TLSv1_1
+        context.maximum_version = newest
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        if pair:
+            context.load_cert_chain(pair.certificate, pair.key)
+        return context
+
+    foreign = servers.pki.authority(f"foreign-{name}").client(servers.topology.account("client"))
+    own = servers.pki.tls.client(f"test-{name}")
+    assert handshake(port, context(own), first)
+    assert handshake(port, context(own, ssl.TLSVersion.TLSv1_2), first)
+    for refused in (context(), context(foreign), context(own, ssl.TLSVersion.TLSv1_1)):
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            handshake(port, refused, first)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+        plain.sendall(first)
+        try:
+            answer = plain.recv(64)
+        except ConnectionResetError:
+            answer = b""
+    assert not answer or answer[0] == 21  # nothing, or a TLS alert
+
+
+# -- who may do what at the broker ------------------------------------------------------------------------------------
+
+
+def login(stack: Stack, role: str, authority: Stack | None = None, **options: Any) -> amqp.Connection:
+    """Log in to the broker with the certificate of a role, perhaps of another stack."""
+    environment, own = (authority or stack).environment(role), stack.environment(role)
+    host, vhost = own["SECURE_CELERY_BROKER_URL"].removeprefix("amqps://").split("/")
+    connection = amqp.Connection(
+        host,
+        virtual_host=vhost,
+        confirm_publish=True,
+        connect_timeout=10,
+        read_timeout=10,
+        ssl={
+            "ca_certs": own["SECURE_CELERY_TLS_CA"],
+            "certfile": environment["SECURE_CELERY_TLS_CERTIFICATE"],
+            "keyfile": environment["SECURE_CELERY_TLS_KEY"],
+            "cert_reqs": ssl.CERT_REQUIRED,
+            "server_hostname": "127.0.0.1",
+        },
+        **{"login_method": "EXTERNAL", **options},
+    )
+    connection.connect()
+    return connection
+
+
+def publish(exchange: str, key: str) -> Callable[[Any, str], None]:
+    def act(channel: Any, application: str) -> None:
+        name, routing_key = exchange.format(application), key.format(application)
+        channel.basic_publish_confirm(amqp.Message("spot check"), name, routing_key, mandatory=True, confirm_timeout=10)
+
+    return act
+
+
+def read(queue: str) -> Callable[[Any, str], None]:
+    return lambda channel, application: channel.basic_get(queue.format(application), no_ack=True)
+
+
+ACTIONS: dict[str, Callable[[Any, str], None]] = {
+    "send": publish("{}", "{}.default"),
+    "send later": publish("celery_delayed_27", DELAYED + "{}.default"),
+    "quarantine": publish("{}", "{}.quarantine"),
+    "quarantine later": publish("celery_delayed_27", DELAYED + "{}.quarantine"),
+    "dead-letter": publish("{}", "{}.dead"),
+    "other key": publish("{}", "other.default"),
+    "skip levels of delay": publish("celery_delayed_26", DELAYED + "{}.default"),
+    "deliver delayed": publish("celery_delayed_delivery", "{}.default"),
+    "default exchange": publish("", "{}.default"),
+    "built-in exchange": publish("amq.topic", "{}.default"),
+    "consume": lambda channel, application: channel.basic_consume(f"{application}.default"),
+    "read": read("{}.default"),
+    "read dead": read("{}.dead"),
+    "read quarantine": read("{}.quarantine"),
+    "read delayed": read("celery_delayed_27"),
+    "purge": lambda channel, application: channel.queue_purge(f"{application}.default"),
+    "delete": lambda channel, application: channel.queue_delete(f"{application}.default"),
+    "declare queue": lambda channel, application: channel.queue_declare("mine"),
+    "declare queue named newline": lambda channel, application: channel.queue_declare("\n"),
+    "declare unnamed queue": lambda channel, application: channel.queue_declare(""),
+    "declare exchange": lambda channel, application: channel.exchange_declare("mine", "topic"),
+    "delete exchange": lambda channel, application: channel.exchange_delete(application),
+    "bind": lambda channel, application: channel.queue_bind(
+        f"{application}.dead", application, f"{application}.default"
+    ),
+    "bind exchange": lambda channel, application: channel.exchange_bind(application, "amq.topic", "#"),
+}
+SENDER = {"send", "send later"}
+MAY = {
+    "client": SENDER,
+    "beat": SENDER,
+    # Who may read a queue may also empty it.
+    "worker": SENDER | {"quarantine", "consume", "read", "purge"},
+    "operator": SENDER | {"read dead", "read quarantine"},
+    "monitor": set(),
+}
+
+
+@pytest.mark.parametrize("role", MAY)
+def test_an_account_may_do_exactly_this(servers: Stack, application: str, role: str) -> None:
+    done = set()
+    with login(servers, role) as connection:
+        for name, act in ACTIONS.items():
+            channel = connection.channel()
+            try:
+                act(channel, application)
+            except amqp.AccessRefused:  # which closes the channel
+                continue
+            channel.close()
+            done.add(name)
+    assert done == MAY[role]
+
+
+def test_a_message_too_large_is_refused(servers: Stack, application: str) -> None:
+    with login(servers, "client") as connection:
+        channel = connection.channel()
+        with pytest.raises(amqp.PreconditionFailed):
+            channel.basic_publish_confirm(
+                amqp.Message("x" * (4 * 1024 * 1024 + 1)), application, f"{application}.default"
+            )
+
+
+def test_a_password_is_no_way_in(servers: Stack, application: str) -> None:
+    for name, password in (("guest", "guest"), (f"{application}.worker", "")):
+        with pytest.raises((amqp.AccessRefused, amqp.ConnectionError, ConnectionError, OSError)):
+            login(servers, "client", login_method="PLAIN", userid=name, password=password)
+
+
+def test_the_certificate_is_the_account(servers: Stack) -> None:
+    pair = servers.pki.tls.client("stranger")
+    own = servers.environment("client")
+    servers.environment = lambda role: {  # type: ignore[method-assign]
+        **own,
+        "SECURE_CELERY_TLS_CERTIFICATE": str(pair.certificate),
+        "SECURE_CELERY_TLS_KEY": str(pair.key),
+    }
+    try:
+        with pytest.raises((amqp.AccessRefused, amqp.ConnectionError, ConnectionError, OSError)):
+            login(servers, "client")
+    finally:
+        del servers.environment
+
+
+# -- who may do what at the backend -----------------------------------------------------------------------------------
+
+
+def backend(stack: Stack, role: str, **options: Any) -> redis.Redis:
+    environment = stack.environment(role)
+    account, _, rest = environment["SECURE_CELERY_RESULT_BACKEND"].removeprefix("rediss://").partition("@")
+    arguments: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": int(rest.partition(":")[2].partition("/")[0]),
+        "username": account,
+        "password": Path(environment["SECURE_CELERY_RESULT_BACKEND_PASSWORD_FILE"]).read_text(),
+        "retry": Retry(NoBackoff(), 0),
+        "socket_timeout": 10,
+        "protocol": 2,  # in which the answer to SUBSCRIBE is an answer
+        "ssl": True,
+        "ssl_ca_certs": environment["SECURE_CELERY_TLS_CA"],
+        "ssl_certfile": environment["SECURE_CELERY_TLS_CERTIFICATE"],
+        "ssl_keyfile": environment["SECURE_CELERY_TLS_KEY"],
+    }
+    return redis.Redis(**{**arguments, **options})
+
+
+# `{0}` is the application, `{1}` the role: a task id starts with its owner.
+COMMANDS = {
+    "read own result": ("GET", "{0}:celery-task-meta-{1}:1"),
+    "read own results": ("MGET", "{0}:celery-task-meta-{1}:1", "{0}:celery-taskset-meta-{1}:1"),
+    "hear of own result": ("SUBSCRIBE", "{0}:celery-task-meta-{1}:1"),
+    "delete own result": ("DEL", "{0}:celery-task-meta-{1}:1"),
+    "save own group": ("SET", "{0}:celery-taskset-meta-{1}:1", "group"),
+    "start own chord": ("SET", "{0}:celery-taskset-meta-{1}:1.s", "2"),
+    "fill own chord": ("ZADD", "{0}:celery-taskset-meta-{1}:1.j", "1", "forged"),
+    "write own result": ("SETEX", "{0}:celery-task-meta-{1}:1", "60", "forged"),
+    "announce own result": ("PUBLISH", "{0}:celery-task-meta-{1}:1", "forged"),
+    "read another's result": ("GET", "{0}:celery-task-meta-other:1"),
+    "hear of another's result": ("SUBSCRIBE", "{0}:celery-task-meta-other:1"),
+    "delete another's result": ("DEL", "{0}:celery-task-meta-other:1"),
+    "write another's result": ("SETEX", "{0}:celery-task-meta-other:1", "60", "forged"),
+    "save another's group": ("SET", "{0}:celery-taskset-meta-other:1", "group"),
+    "start another's chord": ("SET", "{0}:celery-taskset-meta-other:1.s", "2"),
+    "hear of everything": ("PSUBSCRIBE", "{0}:celery-task-meta-*"),
+    "read another application": ("GET", "other:celery-task-meta-{1}:1"),
+    "hear of another application": ("SUBSCRIBE", "other:celery-task-meta-{1}:1"),
+    "write another application": ("SET", "other:celery-task-meta-{1}:1", "forged"),
+    "write anything": ("SET", "{0}:mine", "1"),
+    "list": ("KEYS", "*"),
+    "scan": ("SCAN", "0"),
+    "run script": ("EVAL", "return 1", "0"),
+    "script another application": ("EVAL", "return redis.call('GET', 'other:x')", "0"),
+    "configure": ("CONFIG", "GET", "*"),
+    "accounts": ("ACL", "LIST"),
+    "flush": ("FLUSHALL",),
+    "monitor": ("MONITOR",),
+    "debug": ("DEBUG", "SLEEP", "0"),
+    "clients": ("CLIENT", "LIST"),
+    "replicate": ("REPLICAOF", "127.0.0.1", "1"),
+    "save": ("SAVE",),
+    "shut down": ("SHUTDOWN", "NOSAVE"),
+    "load module": ("MODULE", "LOAD", "/tmp/x.so"),
+    "information": ("INFO",),
+    "rename": ("RENAME", "{0}:celery-task-meta-{1}:1", "{0}:celery-task-meta-{1}:2"),
+    "another database": ("SELECT", "1"),
+}
+CALLER = {
+    "read own result",
+    "read own results",
+    "hear of own result",
+    "delete own result",
+    "save own group",
+    "start own chord",
+}
+COMMANDS_MAY = {
+    "client": CALLER,
+    "beat": CALLER,
+    "operator": CALLER,
+    "worker": {name for name in COMMANDS if re.search("result|group|chord|script$", name)},
+    "monitor": set(),
+}
+
+
+@pytest.mark.parametrize("role", COMMANDS_MAY)
+def test_an_account_may_use_exactly_these_commands(servers: Stack, application: str, role: str) -> None:
+    done = set()
+    for name, command in COMMANDS.items():
+        with backend(servers, role) as client:
+            assert client.ping()
+            try:
+                client.execute_command(*(word.format(application, role) for word in command))
+            except redis.ResponseError as error:
+                if not re.search("NOPERM|permission|not allowed|can't access", str(error)):
+                    raise
+                continue
+            done.add(name)
+    assert done == COMMANDS_MAY[role]
+
+
+@pytest.mark.parametrize(
+    "login", [{"username": None, "password": None}, {"password": "guess"}, {"username": "default"}]
+)
+def test_the_backend_wants_the_accounts_own_password(servers: Stack, login: dict[str, Any]) -> None:
+    with pytest.raises((redis.AuthenticationError, redis.ResponseError)), backend(servers, "client", **login) as client:
+        client.ping()
+
+
+def test_one_role_cannot_use_the_passwords_of_another(servers: Stack, application: str) -> None:
+    with (
+        pytest.raises(redis.AuthenticationError),
+        backend(servers, "client", username=f"{application}.worker") as client,
+    ):
+        client.ping()

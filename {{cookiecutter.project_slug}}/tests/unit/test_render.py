@@ -1,0 +1,244 @@
+"""The rendered rights: what they grant, what they must never grant, and that the committed files are these."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kombu import Exchange, Queue
+from kombu.transport import native_delayed_delivery
+
+from ..project import render, topology
+
+ROOT = Path(__file__).parents[2]
+TOPOLOGY = topology.Topology.load(ROOT / "topology.toml")
+APPLICATION = TOPOLOGY.application
+DELAYED = "0." * 27 + "1."
+
+
+class Recorder:
+    """A connection and its channel, which keep what is declared on them."""
+
+    def __init__(self) -> None:
+        self.exchanges: list[Any] = []
+        self.queues: list[Any] = []
+        self.bindings: list[Any] = []
+
+    def channel(self) -> Recorder:
+        return self
+
+    def exchange_declare(self, *, exchange: str, type: str, durable: bool, auto_delete: bool, **_: Any) -> None:
+        self.exchanges.append((exchange, type, durable, auto_delete))
+
+    def queue_declare(
+        self, *, queue: str, durable: bool, auto_delete: bool, arguments: Any, **_: Any
+    ) -> tuple[str, int, int]:
+        self.queues.append((queue, durable, auto_delete, json.dumps(arguments, sort_keys=True)))
+        return queue, 0, 0
+
+    def prepare_queue_arguments(self, arguments: Any, **_: Any) -> Any:
+        return arguments
+
+    def queue_bind(self, *, queue: str, exchange: str, routing_key: str, **_: Any) -> None:
+        self.bindings.append((exchange, "queue", queue, routing_key))
+
+    def exchange_bind(self, *, destination: str, source: str, routing_key: str, **_: Any) -> None:
+        self.bindings.append((source, "exchange", destination, routing_key))
+
+
+def recorded() -> Recorder:
+    recorder = Recorder()
+    native_delayed_delivery.declare_native_delayed_delivery_exchanges_and_queues(recorder, "quorum")
+    for queue in TOPOLOGY.queues:
+        name = queue.broker_name
+        bound = Queue(name, Exchange(TOPOLOGY.exchange, type="topic"), routing_key=name)
+        native_delayed_delivery.bind_queue_to_native_delayed_delivery_exchange(recorder, bound)
+    return recorder
+
+
+def test_delayed_delivery_is_declared_as_kombu_would() -> None:
+    own = {TOPOLOGY.exchange, TOPOLOGY.dead, TOPOLOGY.quarantine, *(queue.broker_name for queue in TOPOLOGY.queues)}
+    rules, kombu = render.definitions(TOPOLOGY), recorded()
+    exchanges = [
+        (e["name"], e["type"], e["durable"], e["auto_delete"]) for e in rules["exchanges"] if e["name"] not in own
+    ]
+    queues = [
+        (q["name"], q["durable"], q["auto_delete"], json.dumps(q["arguments"], sort_keys=True))
+        for q in rules["queues"]
+        if q["name"] not in own
+    ]
+    bindings = [
+        (b["source"], b["destination_type"], b["destination"], b["routing_key"])
+        for b in rules["bindings"]
+        if b["destination"] not in {TOPOLOGY.dead, TOPOLOGY.quarantine}
+    ]
+    assert len(kombu.exchanges) == 29
+    assert sorted(exchanges) == sorted(kombu.exchanges)
+    assert sorted(queues) == sorted(kombu.queues)
+    assert sorted(bindings) == sorted(kombu.bindings)
+
+
+def may(role: str, operation: str, resource: str, routing_key: str | None = None) -> bool:
+    """Answer as RabbitMQ does: a permission, and for a topic exchange a topic permission *if there is one*."""
+    rules = render.definitions(TOPOLOGY)
+    user = TOPOLOGY.account(role)
+    [permission] = [rule for rule in rules["permissions"] if rule["user"] == user]
+    topics = [rule for rule in rules["topic_permissions"] if (rule["user"], rule["exchange"]) == (user, resource)]
+    allowed = re.search(permission[operation], resource) is not None
+    if routing_key is None:
+        return allowed
+    return allowed and all(re.search(rule["write"], routing_key) is not None for rule in topics)
+
+
+@pytest.mark.parametrize("role", TOPOLOGY.accounts)
+def test_no_account_may_declare_anything(role: str) -> None:
+    assert not may(role, "configure", f"{APPLICATION}.default")
+    assert not may(role, "configure", "mine")
+
+
+@pytest.mark.parametrize("role", TOPOLOGY.accounts)
+@pytest.mark.parametrize(
+    "exchange", ["amq.default", "amq.topic", "celery_delayed_26", "celery_delayed_delivery", "celeryev"]
+)
+def test_no_account_may_write_to_another_exchange(role: str, exchange: str) -> None:
+    assert not may(role, "write", exchange)
+
+
+@pytest.mark.parametrize("role", TOPOLOGY.accounts)
+@pytest.mark.parametrize(("exchange", "prefix"), [(APPLICATION, ""), ("celery_delayed_27", DELAYED)])
+def test_a_sender_reaches_its_queues_and_no_other_key(role: str, exchange: str, prefix: str) -> None:
+    own = {TOPOLOGY.queue(name).broker_name for name in TOPOLOGY.accounts[role].publishes_to}
+    for queue in TOPOLOGY.queues:
+        key = f"{prefix}{queue.broker_name}"
+        assert may(role, "write", exchange, key) == (queue.broker_name in own)
+        for other in (f"x{key}", f"{key}x", f"1.{key}", key.replace(f"{APPLICATION}.", f"{APPLICATION}x"), "#", ""):
+            assert not may(role, "write", exchange, other)
+    assert not may(role, "write", exchange, f"{prefix}{TOPOLOGY.dead}")
+
+
+def test_only_workers_write_to_the_quarantine_and_nobody_with_a_delay() -> None:
+    writers = [role for role in TOPOLOGY.accounts if may(role, "write", APPLICATION, TOPOLOGY.quarantine)]
+    assert writers == list(TOPOLOGY.pools)
+    assert not any(
+        may(role, "write", "celery_delayed_27", f"{DELAYED}{TOPOLOGY.quarantine}") for role in TOPOLOGY.accounts
+    )
+
+
+def test_every_exchange_that_can_be_written_has_a_topic_permission() -> None:
+    # Without one RabbitMQ lets every routing key pass.
+    rules = render.definitions(TOPOLOGY)
+    topics = {(rule["user"], rule["exchange"]) for rule in rules["topic_permissions"]}
+    for permission in rules["permissions"]:
+        for exchange in rules["exchanges"]:
+            if re.search(permission["write"], exchange["name"]):
+                assert (permission["user"], exchange["name"]) in topics
+
+
+def test_pools_read_their_queues_the_operator_what_went_wrong_and_nobody_else_anything() -> None:
+    queues = [queue["name"] for queue in render.definitions(TOPOLOGY)["queues"]]
+    expected = {role: [f"{APPLICATION}.{name}" for name in pool.queues] for role, pool in TOPOLOGY.pools.items()}
+    expected |= {role: [] for role in TOPOLOGY.callers}
+    expected["operator"] = [TOPOLOGY.dead, TOPOLOGY.quarantine]
+    assert {role: [queue for queue in queues if may(role, "read", queue)] for role in TOPOLOGY.accounts} == expected
+
+
+def test_every_queue_is_bounded() -> None:
+    rules = render.definitions(TOPOLOGY)
+    [policy] = rules["policies"]
+    for queue in rules["queues"]:
+        assert "x-max-length-bytes" in queue["arguments"] or re.search(policy["pattern"], queue["name"])
+
+
+def test_a_pool_reaches_only_its_own_queues(tmp_path: Path) -> None:
+    (tmp_path / "topology.toml").write_text(
+        'application = "shop"\n[queues.a]\n[queues.b]\n[pools.worker]\nqueues = ["a"]\nsends = ["shop.*"]\n'
+        '[pools.heavy]\nqueues = ["b"]\n'
+    )
+    rules = render.definitions(topology.Topology.load(tmp_path / "topology.toml"))
+    assert {rule["user"]: (rule["write"], rule["read"]) for rule in rules["permissions"]} == {
+        "shop.worker": ("^(shop|celery_delayed_27)$", r"^shop\.a$"),
+        "shop.heavy": ("^shop$", r"^shop\.b$"),
+    }
+    assert {(rule["user"], rule["exchange"]): rule["write"] for rule in rules["topic_permissions"]} == {
+        ("shop.worker", "shop"): r"^(shop\.a|shop\.quarantine)$",
+        ("shop.worker", "celery_delayed_27"): r"^([01]\.){28}shop\.a$",
+        ("shop.heavy", "shop"): r"^shop\.quarantine$",
+    }
+
+
+def test_no_account_has_a_password_at_the_broker() -> None:
+    users = render.definitions(TOPOLOGY)["users"]
+    assert [user["name"] for user in users] == [TOPOLOGY.account(role) for role in TOPOLOGY.accounts]
+    assert {(user["password_hash"], user["tags"]) for user in users} == {("", "")}
+
+
+def acl() -> dict[str, list[str]]:
+    lines = [line.split() for line in render.acl_text(TOPOLOGY).splitlines()]
+    assert all(line[0] == "user" for line in lines)
+    return {line[1]: line[2:] for line in lines}
+
+
+def test_nobody_can_log_in_with_the_committed_acl() -> None:
+    for rules in acl().values():
+        assert "resetpass" in rules
+        assert not any(rule == "nopass" or rule[0] in "#><!" for rule in rules)
+
+
+def test_the_default_user_is_off() -> None:
+    assert acl()["default"] == ["off", "resetpass", "resetkeys", "resetchannels", "-@all"]
+
+
+def test_no_account_has_a_dangerous_command() -> None:
+    dangerous = set(
+        "acl client config debug dump failover flushall flushdb info keys latency migrate module monitor move "
+        "psubscribe randomkey rename replicaof restore save scan select shutdown slaveof slowlog sort swapdb".split()
+    )
+    for user, rules in acl().items():
+        granted = {rule.lstrip("(").removeprefix("+") for rule in rules if rule.lstrip("(").startswith("+")}
+        assert not granted & dangerous, user
+        assert not any("@" in command for command in granted), user
+        assert rules.index("-@all") < min((rules.index(rule) for rule in rules if "+" in rule), default=len(rules))
+
+
+def test_every_key_and_channel_has_the_applications_prefix() -> None:
+    for rules in acl().values():
+        for rule in rules:
+            if "~" in rule or rule.startswith("&"):
+                assert re.fullmatch(rf"(%R~|%W~|~|&){APPLICATION}:celery-task(set)?-meta-\S+", rule.strip("()"))
+
+
+def test_only_workers_write_results() -> None:
+    for role in TOPOLOGY.callers:
+        rules = acl()[TOPOLOGY.account(role)]
+        root = rules[: next((index for index, rule in enumerate(rules) if rule.startswith("(")), None)]
+        assert not {"+set", "+setex", "+del", "+publish", "+eval"} & set(root)
+        assert not any(rule.startswith(("~", "%W", "%RW")) for rule in root)
+
+
+def test_the_committed_files_are_what_the_topology_says() -> None:
+    assert render.stale(ROOT) == []
+
+
+def test_check_finds_a_changed_right_and_rendering_repairs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(ROOT / "topology.toml", tmp_path)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    command = ["--project", str(tmp_path)]
+    assert render.main([*command, "--check"]) == 0
+    file = tmp_path / render.DEFINITIONS
+    file.write_text(file.read_text().replace('"configure": "^$"', '"configure": ".*"', 1))
+    assert render.main([*command, "--check"]) == 1
+    assert str(render.DEFINITIONS) in capsys.readouterr().out
+    assert render.main(command) == 0
+    assert render.main([*command, "--check"]) == 0
+
+
+def test_a_refused_topology_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "topology.toml").write_text("application = 1")
+    assert render.main(["--project", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
