@@ -3,6 +3,7 @@
 from {{ cookiecutter.package_name }} import hardening
 from {{ cookiecutter.package_name }}.hardening import (
     audit,
+    canvas,
     claims,
     codec,
     consumer,
@@ -30,6 +31,7 @@ from {{ cookiecutter.package_name }}.tasks import documents
 __all__ = [
     "Settings",
     "audit",
+    "canvas",
     "claims",
     "codec",
     "consumer",

@@ -71,29 +71,31 @@ def _signatures(value: Any) -> Iterator[Named]:
 def _signature(signature: Any) -> Iterator[Named]:
     match signature:
         case {"task": str(name)} if signature.keys() <= _KEYS:
-            kind, options, kwargs = (signature.get(key) for key in ("subtask_type", "options", "kwargs"))
+            kind = signature.get("subtask_type")
+            options, kwargs = signature.get("options", {}), signature.get("kwargs", {})
         case _:
             raise BadShape("a signature's keys")
-    options, kwargs = options or {}, kwargs or {}
     if not isinstance(kind, str | None) or not isinstance(options, dict) or not isinstance(kwargs, dict):
         raise BadShape("a signature's shape")
     if options.keys() & _PARAMETERS:
         raise BadShape("a signature's options")
     for link in _LINKS:
         yield from _signatures(options.get(link))
+    queue = options.get("queue") or options.get("routing_key")
+    if not isinstance(queue, str | None):
+        raise BadShape("a signature's queue")
     if kind is not None:
         builtin, holding = _COMPOSITES.get(kind, (None, ()))
         if name != builtin:
             raise BadShape("a signature's type")
-        for key in holding:
-            yield from _signatures(kwargs.get(key))
+        parts = {part for key in holding for part in _signatures(kwargs.get(key))}
+        yield from parts
+        if queue is not None:  # which Celery hands down to some of them
+            yield from {(part, queue) for part, _ in parts}
         return
     if name.startswith("celery.") and name != _ACCUMULATE:
         # What the task before it returned must not become its arguments.
         if name not in _MAPS or signature.get("immutable") is not True:
             raise BadShape("a built-in task")
         yield from _arguments(name, signature.get("args") or (), kwargs)
-    queue = options.get("queue") or options.get("routing_key")
-    if not isinstance(queue, str | None):
-        raise BadShape("a signature's queue")
     yield name, queue
