@@ -103,7 +103,7 @@ class _AmqpChannel(pyamqp.Channel):
         Raises:
             amqp.exceptions.ChannelError: it cannot be routed. The broker confirms such a message after returning it;
                 py-amqp raises at once, and leaves the confirmation to the next message, which may not deserve it.
-            kombu.exceptions.OperationalError: no answer. A broker short of memory or disk stops reading and says nothing.
+            kombu.exceptions.OperationalError: no answer. A broker short of memory or disk stops reading.
         """
         returned: list[Exception] = []
 

@@ -1,0 +1,103 @@
+"""The application of everything Celery can do, running: servers, the pool ``worker``, and callers in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+
+from stack import Stack
+from stack.worker import Worker
+
+from ..project import Settings
+from .everything import application, within
+
+ROOT = Path(__file__).parents[2]
+TASKS = f"{__package__}.everything"
+#: Seconds in which anything that is going to happen has happened, also on a busy machine.
+SOON = 30
+
+
+class Running:
+    """One stack. The pool ``worker`` serves the queue `default`; tests start ``batch``, for `slow`, as they need it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o711)
+        self.effects = folder / "effects"
+        self.effects.mkdir()
+        self.effects.chmod(0o777)  # the workers are another user's
+        topology = Path(__file__).with_name("everything.toml")
+        self.stack = Stack(ROOT, folder / "stack", f"{TASKS}:app", topology=topology)
+        self.worker: Worker
+
+    def up(self) -> None:
+        """Start the servers and the pool ``worker``."""
+        self.stack.up(worker=False)
+        self.worker = self.start("worker")
+
+    @cached_property
+    def client(self) -> Celery:
+        """The caller that may send everything."""
+        return self.caller("client")
+
+    def caller(self, name: str) -> Celery:
+        """Make an application that calls in this name."""
+        environment = self.stack.environment(name)
+        return application(
+            Settings(**{key.removeprefix("SECURE_CELERY_").lower(): value for key, value in environment.items()})
+        )
+
+    def task(self, name: str, caller: Celery | None = None) -> Any:
+        """Return a task, to be called in the client's name or another one's."""
+        return (caller or self.client).tasks[f"{TASKS}.{name}"]
+
+    def start(self, pool: str, *options: str, **environment: str) -> Worker:
+        """Start a worker of a pool."""
+        environment = {**self.stack.environment(pool), "EFFECTS": str(self.effects), **environment}
+        return self.stack.start_worker(env=environment, name=pool, options=options)
+
+    @contextmanager
+    def batch(self, *options: str, **environment: str) -> Iterator[Worker]:
+        """Run a worker of the pool ``batch`` for a while."""
+        worker = self.start("batch", *options, **environment)
+        try:
+            yield worker
+        finally:
+            worker.stop()
+
+    def alive(self) -> None:
+        """Start the pool ``worker`` again if a test ended it."""
+        if not self.worker.alive():
+            self.worker.stop()
+            self.worker = self.start("worker")
+
+    def effect_names(self) -> set[str]:
+        """Return what happened at least once."""
+        return {path.name.partition(":")[0] for path in self.effects.iterdir()}
+
+    def count(self, key: str) -> int:
+        """Return how often an effect happened."""
+        return sum(path.name.partition(":")[0] == key for path in self.effects.iterdir())
+
+    def happens(self, key: str, times: int = 1) -> bool:
+        """Wait for an effect."""
+        return bool(within(SOON, lambda: self.count(key) >= times))
+
+    def go(self, key: str) -> None:
+        """Let a task that waits go on."""
+        (self.effects / f"{key}.go").touch()
+
+    def length(self, queue: str) -> int:
+        """Return how many messages a queue holds, delivered ones included."""
+        lines = self.stack.rabbitmqctl("list_queues", "-p", "everything", "name", "messages", "--no-table-headers")
+        return {name: int(count) for name, count in map(str.split, lines.splitlines())}[f"everything.{queue}"]
+
+    def waiting(self, queue: str) -> int:
+        """Return how many messages of a queue are not delivered yet."""
+        with self.client.connection_for_write() as connection:
+            count: int = connection.default_channel.queue_declare(f"everything.{queue}", passive=True).message_count
+        return count

@@ -1,0 +1,202 @@
+"""Nothing is lost: processes, workers, broker and backend are killed in the middle of work, and every task runs.
+
+At least once is the promise: a task whose worker is killed runs again, so effects are counted by task.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from amqp.exceptions import ChannelError
+from kombu.exceptions import OperationalError
+from redis.exceptions import ConnectionError
+
+from ..project import intake
+from .everything import within
+from .running import SOON, Running
+
+MANY = 200
+
+
+@pytest.fixture
+def key() -> str:
+    """A name for the effects of one test."""
+    return uuid4().hex
+
+
+@pytest.fixture(autouse=True)
+def healthy(running: Running) -> Iterator[None]:
+    """Leave the pool ``worker`` serving, whatever the test did to it."""
+    yield
+    running.alive()
+    assert running.task("add").delay(1, 2).get(timeout=SOON) == 3
+
+
+def send(running: Running, key: str, count: int = MANY, **options: object) -> set[str]:
+    """Send tasks that each have an effect of their own; return the effects' names."""
+    names = {f"{key}.{number}" for number in range(count)}
+    for name in sorted(names):
+        running.task("effect").apply_async((name,), **options)
+    return names
+
+
+def all_happened(running: Running, names: set[str]) -> bool:
+    return bool(within(SOON, lambda: names <= running.effect_names()))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_shall_end_ends_its_task_first_and_leaves_the_rest(running: Running, key: str) -> None:
+    held = running.task("held").delay(key)
+    assert running.happens(f"{key}.started")
+    os.kill(running.worker.pid, signal.SIGTERM)
+    assert within(SOON, lambda: "Warm shutdown" in running.worker.log.read_text())
+    names = send(running, f"{key}.rest", 20)
+    running.go(key)
+    assert held.get(timeout=SOON) == key
+    assert within(SOON, lambda: not running.worker.alive())
+    running.alive()
+    assert all_happened(running, names)
+    assert running.count(f"{key}.ended") == 1
+
+
+def in_the_middle(running: Running, key: str) -> set[str]:
+    """Send 200 tasks, and wait until both processes of the pool are busy half-way; return what is to happen."""
+    first = send(running, f"{key}.first", MANY // 2)
+    for half in ("left", "right"):
+        running.task("held").delay(f"{key}.{half}")
+    rest = send(running, f"{key}.rest", MANY // 2)
+    assert running.happens(f"{key}.left.started")
+    assert running.happens(f"{key}.right.started")
+    assert not rest & running.effect_names()
+    return first | rest | {f"{key}.left.ended", f"{key}.right.ended"}
+
+
+def go_on(running: Running, key: str) -> None:
+    for half in ("left", "right"):
+        running.go(f"{key}.{half}")
+
+
+def test_killed_pool_processes_lose_nothing(running: Running, key: str) -> None:
+    names = in_the_middle(running, key)
+    for child in children(running.worker.pid):
+        os.kill(child, signal.SIGKILL)
+    go_on(running, key)
+    assert all_happened(running, names)
+    assert running.worker.alive()
+    assert running.count(f"{key}.left.started") == 2
+
+
+def test_a_killed_worker_loses_nothing(running: Running, key: str) -> None:
+    names = in_the_middle(running, key)
+    running.worker.process.kill()
+    go_on(running, key)
+    running.alive()
+    assert all_happened(running, names)
+    assert running.count(f"{key}.left.started") == 2
+
+
+def test_a_task_that_kills_its_process_ends_in_the_dead_letters(running: Running, key: str) -> None:
+    with running.batch() as worker:
+        dead = running.waiting("dead")
+        running.task("die").apply_async((key,), queue="slow")
+        assert within(SOON, lambda: running.waiting("dead") == dead + 1)
+        assert running.count(key) == 3  # the queue's delivery limit of 2 is about deliveries after the first
+        assert running.task("add").apply_async((1, 2), queue="slow").get(timeout=SOON) == 3
+        assert worker.alive()
+
+
+# -- broker -----------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_that_wait_an_hour_do_not_keep_others_waiting(running: Running) -> None:
+    for _ in range(1000):
+        running.task("effect").apply_async(("never",), countdown=3600)
+    assert running.task("add").delay(1, 2).get(timeout=SOON) == 3
+    assert running.length("default") == 0
+
+
+def test_a_killed_broker_loses_nothing(running: Running, key: str) -> None:
+    names = in_the_middle(running, key) | send(running, f"{key}.later", 5, countdown=2)
+    with running.stack.without("rabbitmq"):
+        with pytest.raises(OperationalError, match="refused"):
+            running.task("add").delay(1, 2)
+        assert running.worker.alive()
+    go_on(running, key)
+    names |= send(running, f"{key}.after", 5)
+    assert all_happened(running, names)
+
+
+def test_a_message_that_cannot_be_routed_is_no_silent_loss(running: Running) -> None:
+    definitions = running.stack.folder / "rabbitmq/definitions.json"
+    running.stack.rabbitmqctl("delete_queue", "-p", "everything", "everything.slow")
+    try:
+        for _ in range(2):  # what the broker says of the first must not count for the second
+            with pytest.raises(ChannelError, match="NO_ROUTE"):
+                running.task("add").apply_async((1, 2), queue="slow")
+    finally:
+        running.stack.rabbitmqctl("import_definitions", str(definitions))
+    assert running.task("add").delay(1, 2).get(timeout=SOON) == 3
+
+
+def test_a_broker_that_is_short_of_memory_keeps_no_caller_waiting(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "CONFIRM_TIMEOUT", 1)
+    running.stack.rabbitmqctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        with pytest.raises(OperationalError, match="not confirmed"):
+            running.task("add").delay(1, 2)
+    finally:
+        running.stack.rabbitmqctl("set_vm_memory_high_watermark", "0.4")
+    assert running.task("add").delay(1, 2).get(timeout=SOON) == 3
+
+
+def test_a_task_that_expires_in_its_queue_ends_in_the_dead_letters(running: Running, key: str) -> None:
+    dead = running.waiting("dead")
+    running.task("effect").apply_async((key,), queue="slow", expires=1)
+    assert within(SOON, lambda: running.waiting("dead") == dead + 1)
+    with running.batch():
+        assert running.task("add").apply_async((1, 2), queue="slow").get(timeout=SOON) == 3
+    assert running.count(key) == 0
+
+
+def test_a_replaced_certificate_is_used_for_the_next_connection(running: Running) -> None:
+    caller = running.caller("client")
+    assert running.task("add", caller).delay(1, 2).get(timeout=SOON) == 3
+    ends = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=5)
+    running.stack.pki.tls.client("everything.client", (ends - timedelta(days=1), ends))
+    running.stack.rabbitmqctl("close_all_connections", "--vhost", "everything", "certificates are replaced")
+    running.stack.redis("CLIENT", "KILL", "USER", "everything.client")
+    assert running.task("add", caller).delay(1, 2).get(timeout=SOON) == 3
+    connections = running.stack.rabbitmqctl("list_connections", "user", "peer_cert_validity")
+    assert f"{ends:%Y-%m-%dT%H:%M:%S}" in connections
+
+
+# -- backend ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_backend_tasks_run_callers_hear_of_it_and_results_wait(running: Running, key: str) -> None:
+    result = running.task("held").delay(key)
+    assert running.happens(f"{key}.started")
+    with running.stack.without("redis"):
+        running.task("effect").delay(f"{key}.ignored")
+        assert running.happens(f"{key}.ignored")
+        with pytest.raises((ConnectionError, RuntimeError), match=r"refused|result store"):
+            result.get(timeout=SOON)
+        with pytest.raises((ConnectionError, RuntimeError), match=r"refused|result store"):
+            running.task("add", running.caller("client")).delay(1, 2)
+        running.go(key)
+        assert running.happens(f"{key}.ended")
+    assert running.client.AsyncResult(result.id).get(timeout=2 * SOON) == key
