@@ -82,7 +82,9 @@ class Preflight(bootsteps.Step):
     """Refuses to start a worker that would not be safe; Celery prints the sentence and exits 1."""
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
-        if os.geteuid() == 0:
+        # The saved user too: with it a process can become root again. macOS does not tell it.
+        users = os.getresuid() if hasattr(os, "getresuid") else (os.getuid(), os.geteuid())
+        if 0 in users:
             raise ConfigurationRefused(
                 "user", "a worker may not run as root", "start it as an unprivileged user", "worker.root"
             )
