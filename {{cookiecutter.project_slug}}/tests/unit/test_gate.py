@@ -499,7 +499,7 @@ def test_a_countdown_within_the_limit_lengthens_the_lifetime_by_itself(desk: Des
         ([None, None], [30, 20]),
         ([10**9, 10**9], [30, 20]),
         ([10, 5], [10, 5]),
-        ([10, None], [10, 20]),
+        ([10, None], [10, 10]),
         ([1e308, 1e-5], [30, 1e-5]),
     ],
 )

@@ -112,13 +112,12 @@ class Gate:
 
     def _rebuilt(self, message: Any, claims: TaskClaims) -> Admitted:
         task = self._app.tasks[claims.task.name]
-        timelimit = [
-            _smaller(claimed, own)
-            for claimed, own in zip(claims.task.timelimit, (task.time_limit, task.soft_time_limit), strict=True)
-        ]
+        hard = _smaller(claims.task.timelimit[0], task.time_limit)
+        # A soft limit behind the hard one would keep Celery from arming the hard one at all.
+        soft = _smaller(_smaller(claims.task.timelimit[1], task.soft_time_limit), hard)
         return Admitted(
             message,
-            headers={**request_headers(claims), "timelimit": timelimit},
+            headers={**request_headers(claims), "timelimit": [hard, soft]},
             properties={
                 "correlation_id": claims.task.correlation_id,
                 "reply_to": claims.task.reply_to,

@@ -4,7 +4,7 @@ Guards against: results forged, swapped or replayed by whoever can write to the 
 a worker being made to sign attacker-shaped data that passes for a task.
 Rests on: Celery's backends encoding and decoding through ``encode`` and ``decode`` on every path (``.get()``, pub/sub,
 chord join, group restore). An envelope says what kind of value it is, of which id, and for which caller.
-Controls: RES-1, INT-2, AUT-6.
+Controls: RES-1, INT-2, AUT-3, AUT-6.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from celery import states
+from celery import group, states
 from celery.backends.cache import CacheBackend
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
+from celery.canvas import maybe_signature
 from celery.result import result_from_tuple
 from celery.utils.serialization import ensure_serializable
 from kombu.exceptions import EncodeError
@@ -152,6 +153,16 @@ class SignedResults(Backend):
         """Store a failure, fail the rest of its chain and send its errbacks, all on behalf of the request's origin."""
         with ownership.acting_for(request):
             return super().mark_as_failure(task_id, exc, traceback, request, **kwargs)
+
+    def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
+        """Send errbacks as messages, with the failed task's id; Celery would call some of them here.
+
+        After a time limit "here" is the worker's main process, where the keys are.
+        """
+        errbacks = [maybe_signature(errback, app=self.app) for errback in request.errbacks]
+        group(errbacks, app=self.app).apply_async(
+            (request.id,), parent_id=request.id, root_id=request.root_id or request.id
+        )
 
     def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """Count a chord's part, and send its body, on behalf of the request's origin."""
