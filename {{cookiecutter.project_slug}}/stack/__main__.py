@@ -18,8 +18,9 @@ def main() -> int:
     parser.add_argument("command", choices=["up", "down", "status"])
     parser.add_argument("--folder", type=Path, help="where everything goes (default: .stack)")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
+            signal.signal(number, _terminate)
     try:
         stack = Stack(Path.cwd(), options.folder)
         if options.command == "down":
@@ -28,9 +29,6 @@ def main() -> int:
         if options.command == "up":
             stack.up()
         return _print_status(stack)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except Exception as error:
         if not isinstance(error, StackFailed) and type(error).__name__ != "ConfigurationRefused":
             raise

@@ -30,8 +30,10 @@ class Account:
     @classmethod
     def unprivileged(cls) -> Account:
         """Our own account, or `nobody` if that is root."""
-        entry = pwd.getpwuid(os.geteuid()) if os.geteuid() else pwd.getpwnam("nobody")
-        return cls(entry.pw_name, entry.pw_uid, entry.pw_gid, switch=os.geteuid() == 0)
+        if os.geteuid() != 0:  # which need not have a name
+            return cls(str(os.geteuid()), os.geteuid(), os.getegid(), switch=False)
+        nobody = pwd.getpwnam("nobody")
+        return cls("nobody", nobody.pw_uid, nobody.pw_gid, switch=True)
 
     def popen_options(self) -> dict[str, Any]:
         """Arguments for ``subprocess`` that make the process run as this account."""

@@ -86,7 +86,7 @@ class Broker:
             f"ssl_options.keyfile = {server.key}\n"
             f"load_definitions = {loaded}\n"
             # A laptop has less to spare than a broker's own host.
-            "vm_memory_high_watermark.absolute = 512MB\n"
+            "vm_memory_high_watermark.relative = 0.1\n"
             "disk_free_limit.absolute = 100MB\n",
             0o644,
         )

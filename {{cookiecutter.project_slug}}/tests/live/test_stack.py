@@ -154,12 +154,14 @@ def test_definitions_that_the_broker_does_not_load_are_noticed(temporary: Path) 
         definitions["queues"][0]["arguments"]["x-max-length-bytes"] = "many"
         return definitions
 
-    with pytest.raises(StackFailed, match="did not load all of its definitions"):
+    # RabbitMQ 3.10 starts with half of them and says nothing; 4.0 does not start.
+    with pytest.raises(StackFailed, match=r"did not load all of its definitions|rabbitmq ended"):
         Stack(ROOT, temporary / "half", definitions=wrong_argument).up(worker=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_up_leaves_nothing_that_down_does_not_end(temporary: Path, number: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background may ignore it
     folder = temporary / f"interrupted-{number}"
     command = [sys.executable, "-m", "stack", "up", "--folder", str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True) as up:
@@ -320,7 +322,7 @@ def test_no_certificate_a_foreign_one_and_old_tls_are_refused(servers: Stack, na
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE  # this is about whom the server lets in
-        context.minimum_version = ssl.TLSVersion.TLSv1_1
+        context.minimum_version = min(newest, ssl.TLSVersion.TLSv1_2)
         context.maximum_version = newest
         context.set_ciphers("ALL:@SECLEVEL=0")
         if pair:
