@@ -35,7 +35,8 @@ CONTENT_TYPE = "application/jose"
 
 _COMPACT = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _HEADER_MAX = 16 * 1024  # bytes; three RSA-4096 certificates fit
-_CHAIN_MAX = 3  # certificates
+#: Longest chain an envelope may carry, in certificates.
+CHAIN_MAX = 3
 _HEADERS_MAX = 256 * 1024  # bytes; a quarantined message's own, one frame in base64 twice
 _CACHE_MAX = 1024  # headers
 
@@ -144,7 +145,7 @@ def _open(kind: Type, header: bytes) -> tuple[object, list[x509.Certificate]]:
     if fields["typ"] != kind:
         raise WrongType
     x5c = fields["x5c"]
-    if not isinstance(x5c, list) or not 1 <= len(x5c) <= _CHAIN_MAX or not all(isinstance(c, str) for c in x5c):
+    if not isinstance(x5c, list) or not 1 <= len(x5c) <= CHAIN_MAX or not all(isinstance(c, str) for c in x5c):
         raise Malformed
     try:
         return fields["alg"], [x509.load_der_x509_certificate(base64.b64decode(c, validate=True)) for c in x5c]

@@ -76,6 +76,7 @@ class MessageRefused(Refused):
     """
 
     code = "message.refused"
+    fix = "The code of the refusal itself says more."
     claims: TaskClaims | None = None
 
 

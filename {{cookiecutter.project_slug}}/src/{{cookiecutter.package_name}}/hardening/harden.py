@@ -9,6 +9,8 @@ Controls: SER-1, SIG-1, SIG-2, TLS-1, BRK-1, VAL-1, RES-2.
 
 from __future__ import annotations
 
+import os
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +34,8 @@ from .topology import Topology
 
 #: Built-in tasks that stand for others. Their callers wait for results, and have no task of their own to say so on.
 _STAND_INS = ("celery.map", "celery.starmap", "celery.chunks", "celery.accumulate")
+#: Where Celery looks for addresses before it looks into its configuration.
+_ENVIRONMENT = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND")
 _STOCK_AUTH = "application/data"  # content type of Celery's own signing serializer
 
 
@@ -74,6 +78,11 @@ class Hardening:
         pool = self.topology.pools.get(identity.account) if identity.role is Role.WORKER else None
         return frozenset(self.topology.queue(name).broker_name for name in (pool.queues if pool else ()))
 
+    @cached_property
+    def result_backend(self) -> str:
+        """The result backend's address with its password, as it was at the start."""
+        return self.settings.result_backend_url()
+
     def load(self) -> None:
         """Read every file now, so that a wrong one stops the start and not the first message.
 
@@ -88,11 +97,13 @@ class Hardening:
         exchange = Exchange(topology.exchange, type="topic", no_declare=True)
         return {
             "broker_url": self.settings.broker_url,
+            "broker_read_url": self.settings.broker_url,
+            "broker_write_url": self.settings.broker_url,
             "broker_use_ssl": self.settings.tls.amqp(),
             "broker_login_method": "EXTERNAL",  # by certificate; the name is only for logs
             "broker_user": topology.account(self.signer.identity.account),
             "broker_transport_options": {"confirm_publish": True},
-            "result_backend": self.settings.result_backend_url(),
+            "result_backend": self.result_backend,
             "redis_backend_use_ssl": self.settings.tls.redis(),
             "result_backend_transport_options": {
                 "global_keyprefix": f"{topology.application}:",
@@ -159,22 +170,30 @@ class Hardening:
         }
 
     def check(self, app: Celery) -> None:
-        """Check, before a worker starts, that everything ``harden`` set still holds.
+        """Check, before a worker starts, that what ``harden`` set still holds and every task can be validated.
 
         Raises:
             ConfigurationRefused: something undid it; the sentence names what.
         """
+        self.check_configuration(app)
+        app.finalize()
+        if self.strict_arguments:
+            for task in app.tasks.values():
+                make_strict(task)
+
+    def check_configuration(self, app: Celery) -> None:
+        """Check, before a worker starts and before the first message is sent, that the configuration still holds.
+
+        Raises:
+            ConfigurationRefused: something changed it; the sentence names what.
+        """
         for name, value in self.configuration().items():
-            if app.conf[name] != value:
+            if getattr(app.conf, name) != value:  # an attribute, since some are read from Celery's own environment
                 raise ConfigurationRefused(name, "was changed after harden()", "remove the change", "config.changed")
         if _STOCK_AUTH in registry._decoders:
             raise _stock_signing()
         if not isinstance(app.backend, SignedResults):
             raise ConfigurationRefused("result_backend", "is not signed", "use rediss://", "config.changed")
-        app.finalize()
-        if self.strict_arguments:
-            for task in app.tasks.values():
-                make_strict(task)
 
 
 def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) -> None:
@@ -194,16 +213,21 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
         raise ConfigurationRefused(
             "security_digest", "the algorithm follows from the signer's key", "remove the setting"
         )
+    for name in _ENVIRONMENT:
+        if os.environ.get(name):
+            raise ConfigurationRefused(name, "is set, and Celery would use it instead", "unset it, or drop `-b`")
     hardening = Hardening(settings, strict_arguments)
     hardening.load()
+    configuration = hardening.configuration()
+    for name in ("broker_use_ssl", "redis_backend_use_ssl"):
+        check_options(name, app.conf[name], configuration[name])
+    # From here on nothing is refused: an application is hardened as a whole or left as it was.
     app.hardening = hardening
     app.loader.override_backends = {**app.loader.override_backends, **BACKENDS}
     app.amqp_cls = type("SigningAMQP", (SigningAMQP, symbol_by_name(app.amqp_cls)), {})
     app.__dict__.pop("amqp", None)  # whatever was made before, with Celery's own classes
     app._pool = app._backend_cache = None
-    configuration = hardening.configuration()
-    for name in ("broker_use_ssl", "redis_backend_use_ssl"):
-        check_options(name, app.conf[name], configuration[name])
+    app._local = threading.local()  # holds each thread's result backend
     app.conf.update(configuration)
     # Below what the application has set itself; add_defaults() would put them above.
     defaults = hardening.defaults()

@@ -120,6 +120,7 @@ class SigningAMQP(AMQP):
         """Celery's task sender, around a producer that signs."""
         send = self._create_task_sender()
         hardening: Hardening = self.app.hardening
+        hardening.check_configuration(self.app)
 
         def send_signed(producer: Any, name: str, message: Any, **options: Any) -> Any:
             return send(TaskProducer(producer, message.body, hardening), name, message, **options)

@@ -7,6 +7,7 @@ Controls: TLS-1, TLS-2, TLS-3, SIG-2, DAT-3.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -18,7 +19,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .claims import places
-from .envelope import Signer, Verifier
+from .envelope import CHAIN_MAX, Signer, Verifier
 from .errors import ConfigurationRefused, InvalidIdentity
 from .files import read_private_file, read_public_file
 from .tls import TLS, check_url
@@ -138,6 +139,19 @@ def load_signer(key: Path, certificate: Path, password_file: Path | None = None)
         raise ConfigurationRefused(
             PREFIX + "SECURITY_CERTIFICATE", f"{certificate} is not a PEM certificate", "name the right file"
         ) from error
+    now = datetime.now(UTC)
+    if not all(each.not_valid_before_utc <= now <= each.not_valid_after_utc for each in chain):
+        raise ConfigurationRefused(
+            PREFIX + "SECURITY_CERTIFICATE",
+            f"{certificate} has expired or is not valid yet",
+            "renew it, or set the clock",
+        )
+    if len(chain) > CHAIN_MAX:
+        raise ConfigurationRefused(
+            PREFIX + "SECURITY_CERTIFICATE",
+            f"{certificate} holds {len(chain)} certificates, and no reader accepts more than {CHAIN_MAX}",
+            "keep the signer's own and its intermediate ones",
+        )
     try:
         return Signer(private, chain)
     except TypeError as error:

@@ -1,0 +1,527 @@
+"""harden(): what holds afterwards, on any application, and what undoes it is found."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery, Signature, Task, chain, group
+from celery.app.amqp import AMQP
+from celery.exceptions import QueueNotFound
+from celery.signals import after_task_publish, before_task_publish
+from kombu import Exchange, Queue
+from kombu.exceptions import EncodeError
+from kombu.serialization import registry
+
+from stack.account import Account
+from stack.pki import Pki
+
+from ..project import Settings, consumer, documents, errors, hardening, intake, producer, results
+from ..service import ROOT, Service
+
+PREFIX = documents.checksum.name.rpartition(".documents.")[0]
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    return Pki(tmp_path_factory.mktemp("harden") / "pki", Account("tests", os.geteuid(), os.getegid(), switch=False))
+
+
+@pytest.fixture(scope="module")
+def own() -> str:
+    return hardening.topology.Topology.load(ROOT / "topology.toml").application
+
+
+def _settings(pki: Pki, own: str, role: str) -> Settings:
+    signing = pki.signing.signer(role, f"spiffe://{own}.test/development/{own}/{role}")
+    tls = pki.tls.client(role)
+    return Settings(
+        broker_url=f"amqps://127.0.0.1:5671/{own}",
+        result_backend=f"rediss://{own}.{role}@127.0.0.1:6380/0",
+        result_backend_password_file=tls.key,
+        topology=ROOT / "topology.toml",
+        tls_ca=pki.tls.certificate,
+        tls_certificate=tls.certificate,
+        tls_key=tls.key,
+        security_key=signing.key,
+        security_certificate=signing.certificate,
+        security_cert_store=pki.store,
+    )
+
+
+@pytest.fixture(scope="module")
+def client(pki: Pki, own: str) -> Settings:
+    """Production's own settings class, with real schemes: nothing is connected."""
+    return _settings(pki, own, "client")
+
+
+@pytest.fixture(scope="module")
+def worker(pki: Pki, own: str) -> Settings:
+    return _settings(pki, own, "worker")
+
+
+@pytest.fixture(autouse=True)
+def stock_decoders() -> Iterator[None]:
+    """Take back what a test does to kombu's registry, which belongs to the whole process."""
+    decoders, disabled = dict(registry._decoders), set(registry._disabled_content_types)
+    yield
+    registry._decoders.clear()
+    registry._decoders.update(decoders)
+    registry._disabled_content_types.clear()
+    registry._disabled_content_types.update(disabled)
+
+
+def _app(settings: Settings, **options: Any) -> Celery:
+    app = Celery("harden", set_as_current=False, **options)
+    hardening.harden(app, settings)
+    return app
+
+
+def _refused(app: Celery) -> errors.ConfigurationRefused:
+    with pytest.raises(errors.ConfigurationRefused) as caught:
+        app.hardening.check(app)
+    return caught.value
+
+
+# --- effective configuration ------------------------------------------------------------------------------------------
+
+
+def test_every_setting_has_the_safe_value(worker: Settings, own: str) -> None:
+    conf = _app(worker).conf
+    expected = {
+        "broker_url": worker.broker_url,
+        "broker_read_url": worker.broker_url,
+        "broker_write_url": worker.broker_url,
+        "broker_login_method": "EXTERNAL",
+        "broker_transport_options": {"confirm_publish": True},
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "event_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "task_compression": None,
+        "result_compression": None,
+        "result_extended": False,
+        "task_protocol": 2,
+        "task_always_eager": False,
+        "worker_enable_remote_control": False,
+        "worker_send_task_events": False,
+        "task_send_sent_event": False,
+        "task_create_missing_queues": False,
+        "task_default_exchange": own,
+        "task_default_exchange_type": "topic",
+        "task_default_queue": f"{own}.default",
+        "task_default_routing_key": f"{own}.default",
+        "worker_detect_quorum_queues": True,
+        "worker_consumer": consumer.HardenedConsumer,
+        "security_key": str(worker.security_key),
+        "security_certificate": str(worker.security_certificate),
+        "security_cert_store": str(worker.security_cert_store),
+        "security_digest": "sha256",
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "task_ignore_result": True,
+        "task_time_limit": 300,
+        "task_soft_time_limit": 270,
+        "worker_prefetch_multiplier": 1,
+        "result_expires": 3600,
+    }
+    assert {name: getattr(conf, name) for name in expected} == expected
+    assert conf.result_backend_transport_options["global_keyprefix"] == f"{own}:"
+
+
+def test_broker_and_backend_verify_their_servers(worker: Settings) -> None:
+    conf = _app(worker).conf
+    broker, backend = conf.broker_use_ssl, conf.redis_backend_use_ssl
+    assert (broker["cert_reqs"], broker["server_hostname"]) == (ssl.CERT_REQUIRED, None)
+    assert (backend["ssl_cert_reqs"], backend["ssl_check_hostname"]) == (ssl.CERT_REQUIRED, True)
+    assert broker["ca_certs"] == backend["ssl_ca_certs"] == str(worker.tls_ca)
+    assert broker["tls_minimum_version"] == backend["ssl_min_version"] == ssl.TLSVersion.TLSv1_2
+
+
+def test_every_queue_is_a_quorum_queue_of_the_topology_that_nobody_declares(worker: Settings, own: str) -> None:
+    app = _app(worker)
+    (queue,) = app.conf.task_queues
+    assert (queue.name, queue.routing_key, queue.no_declare) == (f"{own}.default", f"{own}.default", True)
+    assert (queue.exchange.name, queue.exchange.type, queue.exchange.no_declare) == (own, "topic", True)
+    assert queue.queue_arguments == {"x-queue-type": "quorum"}
+    with pytest.raises(KeyError):
+        app.amqp.queues["made-up"]
+
+
+def test_every_part_is_ours(worker: Settings) -> None:
+    app = _app(worker)
+    assert isinstance(app.amqp, producer.SigningAMQP)
+    assert isinstance(app.backend, results.SignedRedisBackend)
+    for connection in (app.connection(), app.connection_for_read(), app.connection_for_write()):
+        assert isinstance(connection, intake.Connection)
+        assert isinstance(connection.transport, intake.AmqpTransport)
+    assert isinstance(app.pool.connection, intake.Connection)
+
+
+def test_the_applications_own_choices_stay_where_they_are_safe(worker: Settings) -> None:
+    app = Celery("harden", set_as_current=False)
+    app.conf.update(task_time_limit=20, result_expires=60, task_ignore_result=False, task_acks_late=False)
+    hardening.harden(app, worker)
+    assert (app.conf.task_time_limit, app.conf.result_expires) == (20, 60)
+    assert (app.conf.task_ignore_result, app.conf.task_acks_late) == (False, False)
+    assert app.conf.task_soft_time_limit is None
+    app.hardening.check(app)
+
+
+@pytest.mark.parametrize(
+    "insecure",
+    [
+        {"accept_content": ["pickle", "json"]},
+        {"result_accept_content": ["pickle"]},
+        {"task_serializer": "pickle"},
+        {"result_serializer": "pickle"},
+        {"event_serializer": "pickle"},
+        {"broker_url": "amqp://plain"},
+        {"broker_read_url": "amqp://plain"},
+        {"broker_write_url": "amqp://plain"},
+        {"result_backend": "redis://plain"},
+        {"result_backend": "db+sqlite:////tmp/x"},
+        {"task_always_eager": True},
+        {"task_protocol": 1},
+        {"worker_enable_remote_control": True},
+        {"worker_send_task_events": True},
+        {"task_create_missing_queues": True},
+        {"task_queues": [Queue("x", Exchange("x"))]},
+        {"task_compression": "gzip"},
+        {"result_extended": True},
+        {"broker_login_method": "PLAIN"},
+        {"broker_transport_options": {"confirm_publish": False}},
+        {"worker_consumer": "celery.worker.consumer:Consumer"},
+        {"result_backend_transport_options": {"global_keyprefix": ""}},
+    ],
+    ids=lambda insecure: next(iter(insecure)),
+)
+class TestAnInsecureSetting:
+    def test_made_before_is_replaced(self, worker: Settings, insecure: dict[str, Any]) -> None:
+        app = Celery("harden", set_as_current=False)
+        app.config_from_object(insecure)
+        hardening.harden(app, worker)
+        for name, value in insecure.items():
+            assert getattr(app.conf, name) != value
+        app.hardening.check(app)
+
+    def test_made_afterwards_stops_the_worker_and_names_itself(
+        self, worker: Settings, insecure: dict[str, Any]
+    ) -> None:
+        app = _app(worker)
+        app.conf.update(insecure)
+        refusal = _refused(app)
+        assert refusal.setting == next(iter(insecure))
+        assert refusal.code == "config.changed"
+
+    def test_made_afterwards_stops_the_first_message(self, client: Settings, insecure: dict[str, Any]) -> None:
+        app = _app(client)
+        app.conf.update(insecure)
+        with pytest.raises(errors.ConfigurationRefused):
+            _ = app.amqp.send_task_message
+
+
+def test_a_value_changed_in_place_is_found(worker: Settings) -> None:
+    app = _app(worker)
+    app.conf.accept_content.append("pickle")
+    assert _refused(app).setting == "accept_content"
+    app = _app(worker)
+    app.conf.broker_use_ssl["cert_reqs"] = ssl.CERT_NONE
+    assert _refused(app).setting == "broker_use_ssl"
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_configuration_loaded_afterwards_is_found(worker: Settings, force: bool) -> None:
+    app = _app(worker)
+    app.config_from_object({"accept_content": ["pickle"]}, force=force)
+    assert _refused(app).code == "config.changed"
+
+
+@pytest.mark.parametrize(
+    "name", ["CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND"]
+)
+def test_celerys_own_environment_is_refused(worker: Settings, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """``celery -b amqp://...`` sets one, and Celery prefers it to its configuration."""
+    monkeypatch.setenv(name, "redis://plain")
+    with pytest.raises(errors.ConfigurationRefused) as caught:
+        _app(worker)
+    assert caught.value.setting == name
+    monkeypatch.delenv(name)
+    app = _app(worker)
+    monkeypatch.setenv(name, "redis://plain")
+    assert _refused(app).code == "config.changed"
+
+
+def test_addresses_given_to_the_constructor_are_replaced(worker: Settings) -> None:
+    app = _app(worker, broker="amqp://plain", backend="redis://plain")
+    app.hardening.check(app)
+    assert isinstance(app.backend, results.SignedRedisBackend)
+
+
+@pytest.mark.parametrize("name", ["broker_use_ssl", "redis_backend_use_ssl"])
+def test_tls_options_set_by_hand_are_refused(worker: Settings, name: str) -> None:
+    for value in (True, {"cert_reqs": ssl.CERT_NONE}, {"ssl_version": ssl.PROTOCOL_TLSv1_2}):
+        app = Celery("harden", set_as_current=False)
+        app.conf[name] = value
+        with pytest.raises(errors.ConfigurationRefused) as caught:
+            hardening.harden(app, worker)
+        assert caught.value.setting == name
+        assert caught.value.code == "config.tls"
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_made_before_is_made_again(worker: Settings) -> None:
+    app = Celery("harden", set_as_current=False)
+    before = (app.amqp, app.backend, app.pool)
+    assert not isinstance(before[0], producer.SigningAMQP)
+    hardening.harden(app, worker)
+    assert isinstance(app.amqp, producer.SigningAMQP)
+    assert isinstance(app.backend, results.SignedRedisBackend)
+    assert app.pool is not before[2]
+    app.hardening.check(app)
+
+
+def test_harden_twice_is_refused(worker: Settings) -> None:
+    app = _app(worker)
+    with pytest.raises(errors.ConfigurationRefused, match="twice"):
+        hardening.harden(app, worker)
+
+
+def test_a_refused_application_is_left_as_it_was(worker: Settings) -> None:
+    app = Celery("harden", set_as_current=False)
+    app.conf.broker_use_ssl = True
+    with pytest.raises(errors.ConfigurationRefused):
+        hardening.harden(app, worker)
+    assert getattr(app, "hardening", None) is None
+    assert not isinstance(app.amqp, producer.SigningAMQP)
+    app.conf.broker_use_ssl = None
+    hardening.harden(app, worker)
+    app.hardening.check(app)
+
+
+def test_another_digest_is_refused(worker: Settings) -> None:
+    app = Celery("harden", set_as_current=False)
+    app.conf.security_digest = "md5"
+    with pytest.raises(errors.ConfigurationRefused) as caught:
+        hardening.harden(app, worker)
+    assert caught.value.setting == "security_digest"
+
+
+# --- stock signing ----------------------------------------------------------------------------------------------------
+
+
+def test_setup_security_afterwards_is_refused(worker: Settings) -> None:
+    app = _app(worker)
+    with pytest.raises(errors.ConfigurationRefused) as caught:
+        app.setup_security()
+    assert caught.value.code == "config.stock-signing"
+    app.hardening.check(app)
+
+
+def test_stock_signing_put_back_in_another_way_is_found(worker: Settings) -> None:
+    """Celery's own module function, or another application of the process."""
+    app = _app(worker)
+    app.hardening.check(app)
+    registry.register("auth", lambda _: b"", lambda _: None, content_type="application/data")
+    assert _refused(app).code == "config.stock-signing"
+
+
+# --- the application's own classes and tasks --------------------------------------------------------------------------
+
+
+class OwnTask(Task):
+    """Stands for Django's: ``delay_on_commit``, a hook, an attribute."""
+
+    label = "own"
+
+    def delay_on_commit(self, *args: Any) -> Any:
+        return self.delay(*args)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return [self.label, super().__call__(*args, **kwargs)]
+
+
+class OwnAMQP(AMQP):
+    """An application's own."""
+
+    own = True
+
+
+def test_the_applications_task_class_stays_in_the_chain(worker: Settings) -> None:
+    app = _app(worker, task_cls=OwnTask)
+
+    @app.task(shared=False)
+    def double(number: int) -> int:
+        return number * 2
+
+    app.hardening.check(app)
+    task = app.tasks[double.name]
+    assert isinstance(task, OwnTask)
+    assert hasattr(task, "delay_on_commit")
+    assert task(4) == ["own", 8]
+    with pytest.raises(errors.InvalidArguments):
+        task("4")
+
+
+def test_the_applications_amqp_class_stays_in_the_chain(worker: Settings) -> None:
+    for given in (OwnAMQP, f"{__name__}:OwnAMQP"):
+        app = _app(worker, amqp=given)
+        assert isinstance(app.amqp, OwnAMQP)
+        assert isinstance(app.amqp, producer.SigningAMQP)
+
+
+def test_a_subclass_of_celery_is_hardened(worker: Settings) -> None:
+    class App(Celery):
+        task_cls = OwnTask
+
+    app = App("sub", set_as_current=False)
+    hardening.harden(app, worker)
+    app.hardening.check(app)
+    assert isinstance(app.amqp, producer.SigningAMQP)
+
+
+def test_shared_tasks_and_tasks_made_before_and_after_are_all_strict(worker: Settings) -> None:
+    app = Celery("harden", set_as_current=False)
+
+    @app.task(shared=False)
+    def before(number: int) -> int:
+        return number
+
+    hardening.harden(app, worker)
+
+    @app.task(shared=False)
+    def after(number: int) -> int:
+        return number
+
+    app.finalize()
+
+    @app.task(shared=False)
+    def late(number: int) -> int:
+        return number
+
+    app.hardening.check(app)
+    assert documents.checksum.name in app.tasks
+    for name in (before.name, after.name, late.name):
+        assert app.tasks[name].run(1) == 1
+        with pytest.raises(errors.InvalidArguments):
+            app.tasks[name].run("1")
+    with pytest.raises(errors.InvalidArguments):
+        app.tasks[documents.checksum.name].run(1)
+
+
+def _loose(value):  # type: ignore[no-untyped-def]  # that is the point
+    return value
+
+
+def test_a_task_without_annotations_stops_the_worker(worker: Settings) -> None:
+    app = _app(worker)
+
+    app.task(shared=False, name="loose")(_loose)
+    refusal = _refused(app)
+    assert (refusal.setting, refusal.code) == ("task loose", "task.unannotated")
+    loose_app = Celery("loose", set_as_current=False)
+    hardening.harden(loose_app, worker, strict_arguments=False)
+    loose_app.task(shared=False, name="loose")(_loose)
+    loose_app.hardening.check(loose_app)
+
+
+def test_a_shared_task_is_sent_signed_through_the_hardened_application(service: Service) -> None:
+    result = service.client.app.tasks[documents.checksum.name].delay("x")
+    assert service.work() == 1
+    assert len(result.get(timeout=1)) == 64
+
+
+# --- the producer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_receiver_of_a_signal_cannot_change_what_is_signed_afterwards(service: Service) -> None:
+    """Signals run before the signature is made: what they set is signed, and what they fail to do is not skipped."""
+    seen: list[Any] = []
+
+    def before(headers: dict[str, Any], **_: Any) -> None:
+        headers["traceparent"] = "00-1"
+        raise RuntimeError("signals fail open")
+
+    def after(body: Any, **_: Any) -> None:
+        seen.append(body)
+
+    before_task_publish.connect(before)
+    after_task_publish.connect(after)
+    try:
+        service.send(documents.checksum, "x")
+    finally:
+        before_task_publish.disconnect(before)
+        after_task_publish.disconnect(after)
+    (message,) = service.deliveries()
+    admitted = service.gate.admit(message)
+    message.ack()
+    assert admitted.headers["headers"] == {"traceparent": "00-1"}
+
+
+@pytest.mark.parametrize("option", [{"serializer": "pickle"}, {"serializer": "yaml"}, {"compression": "gzip"}])
+def test_no_option_of_a_call_changes_the_format(service: Service, option: dict[str, str]) -> None:
+    service.client.app.send_task(documents.checksum.name, ("x",), **option)
+    (message,) = service.deliveries()
+    assert message.content_type == "application/jose"
+    assert service.gate.receive(message) is not None
+    message.ack()
+
+
+def test_a_queue_that_the_topology_has_not_is_refused_at_the_call(service: Service) -> None:
+    send, rules = service.client.app.send_task, service.rules
+    with pytest.raises(QueueNotFound):
+        send(documents.checksum.name, ("x",), queue="made-up")
+    for key in ("made-up", rules.quarantine, rules.dead, f"x.{rules.queues[0].broker_name}"):
+        with pytest.raises(errors.ConfigurationRefused) as caught:
+            send(documents.checksum.name, ("x",), exchange=rules.exchange, routing_key=key)
+        assert caught.value.code == "queue.unknown"
+    assert list(service.deliveries()) == service.quarantined() == []
+
+
+def test_a_message_that_is_too_large_is_refused_at_the_call(service: Service) -> None:
+    with pytest.raises(errors.TooLarge):
+        service.send(documents.checksum, "x" * service.client.app.hardening.settings.message_max_bytes)
+    assert list(service.deliveries()) == []
+
+
+def test_an_argument_without_a_json_form_is_refused_at_the_call(service: Service) -> None:
+    with pytest.raises(EncodeError):
+        service.send(documents.checksum, object())
+    assert list(service.deliveries()) == []
+
+
+def test_the_arguments_are_in_the_envelope_alone(service: Service) -> None:
+    service.send(documents.checksum, "swordfish")
+    (message,) = service.deliveries()
+    message.ack()
+    assert "swordfish" not in str(message.headers) + str(message.properties)
+    assert set(message.headers) == {"task", "id"}
+    for unsigned in ("reply_to", "correlation_id"):
+        assert not message.properties.get(unsigned)
+
+
+def test_a_group_a_chain_and_a_callback_run_through_the_gate(service: Service) -> None:
+    name = f"{PREFIX}.number"
+
+    @service.worker.app.task(name=name, shared=False, ignore_result=False)
+    def number(value: int) -> int:
+        return value
+
+    app = service.client.app
+
+    def sent(*args: Any) -> Signature:
+        return app.signature(name, args=args, ignore_result=False)
+
+    each = group([sent(1), sent(2)], app=app).apply_async()
+    assert service.work() == 2
+    assert each.join(timeout=1) == [1, 2]
+    last = chain(sent(5), sent(), app=app).apply_async(link=sent())
+    assert service.work() == 3
+    assert last.get(timeout=1) == 5
+    assert service.quarantined() == []
