@@ -209,9 +209,7 @@ class TestAnInsecureSetting:
             assert getattr(app.conf, name) != value
         app.hardening.check(app)
 
-    def test_made_afterwards_stops_the_worker_and_names_itself(
-        self, worker: Settings, insecure: dict[str, Any]
-    ) -> None:
+    def test_made_afterwards_stops_the_worker_by_name(self, worker: Settings, insecure: dict[str, Any]) -> None:
         app = _app(worker)
         app.conf.update(insecure)
         refusal = _refused(app)

@@ -283,18 +283,14 @@ def test_any_other_key_is_refused(values: dict[str, Any], pki: Pki, tmp_path: Pa
     assert "Ed25519, P-256 or RSA" in refusal.reason
 
 
-def test_a_key_and_a_certificate_that_do_not_belong_together_are_refused(
-    values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_key_that_is_not_the_certificates_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     other = _private(tmp_path / "other.pem", _key(ec.generate_private_key(ec.SECP256R1())))
     refusal = _refused(values, security_key=other)
     assert refusal.setting == "SECURE_CELERY_SECURITY_KEY"
     assert "not the certificate's" in refusal.reason
 
 
-def test_a_key_with_a_password_is_opened_by_the_passwords_file(
-    values: dict[str, Any], pki: Pki, tmp_path: Path
-) -> None:
+def test_a_locked_key_is_opened_by_its_passwords_file(values: dict[str, Any], pki: Pki, tmp_path: Path) -> None:
     key = certificates.key_of("ES256")
     issued = _issued(values, pki, tmp_path, key=key)
     issued["security_key"] = _private(tmp_path / "locked.pem", _key(key, b"open sesame"))
