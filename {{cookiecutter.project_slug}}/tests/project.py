@@ -1,34 +1,37 @@
 """The one place where the tests name the package; everything else imports from here."""
 
-from {{ cookiecutter.package_name }} import hardening
-from {{ cookiecutter.package_name }}.hardening import (
-    audit,
-    canvas,
-    claims,
-    codec,
-    consumer,
-    envelope,
-    errors,
-    explain,
-    files,
-    gate,
-    identity,
-    intake,
-    keys,
-    ownership,
-    policy,
-    producer,
-    quarantine,
-    redis_tls,
-    render,
-    results,
-    strict,
-    tls,
-    topology,
-    trust,
-)
-from {{ cookiecutter.package_name }}.settings import Settings
-from {{ cookiecutter.package_name }}.tasks import documents
+from . import throw_away
+
+with throw_away():
+    from {{ cookiecutter.package_name }} import hardening
+    from {{ cookiecutter.package_name }}.hardening import (
+        audit,
+        canvas,
+        claims,
+        codec,
+        consumer,
+        envelope,
+        errors,
+        explain,
+        files,
+        gate,
+        identity,
+        intake,
+        keys,
+        ownership,
+        policy,
+        producer,
+        quarantine,
+        redis_tls,
+        render,
+        results,
+        strict,
+        tls,
+        topology,
+        trust,
+    )
+    from {{ cookiecutter.package_name }}.settings import Settings
+    from {{ cookiecutter.package_name }}.tasks import documents
 
 __all__ = [
     "Settings",

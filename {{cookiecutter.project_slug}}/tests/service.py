@@ -5,7 +5,6 @@ For tests alone: the settings class that allows ``memory://`` is here, and no en
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any, ClassVar
 from celery import Celery
 from celery.worker.request import Request
 from kombu import Exchange, Queue
-from stack.account import Account
+
 from stack.pki import Pki
 
+from . import ROOT, SELF
 from .project import Settings, codec, envelope, gate, hardening, identity, intake
 
-ROOT = Path(__file__).parent.parent
 ENVIRONMENT = "development"
 
 
@@ -52,7 +51,7 @@ class Service:
     """A client and a worker that share queues, results and trust."""
 
     def __init__(self, folder: Path, topology: Path = ROOT / "topology.toml", **settings: Any) -> None:
-        self.pki = Pki(folder / "pki", Account("tests", os.geteuid(), os.getegid(), switch=False))
+        self.pki = Pki(folder / "pki", SELF)
         self._topology = topology
         self._settings = settings
         self.client = self.party("client")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import ROOT
+from ..service import ROOT
 
 #: Attacks that stock Celery withstands too; they are there because a verifier of envelopes might not.
 WITHSTOOD_BY_STOCK = {"X4", "X5", "X6", "X18"}

@@ -29,7 +29,7 @@ from stack.account import Account
 from stack.ports import free_ports
 from stack.process import Process, start, wait_until
 
-from .conftest import ROOT
+from ..service import ROOT
 
 DELAYED = "0." * 27 + "1."
 
@@ -106,6 +106,19 @@ def test_up_twice_is_harmless(servers: Stack) -> None:
     Stack(ROOT, servers.folder).up(worker=False)  # as another command would
     assert servers.status() == before
     assert all(process.alive() for process, _ in before)
+
+
+def test_up_starts_a_worker_that_has_died_again(stack: Stack) -> None:
+    [worker] = [process for process, _ in stack.status() if process.name == "worker"]
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: not worker.alive(), "the worker to die", 10)
+    others = [process for process, _ in stack.status() if process != worker]
+    stack.up()
+    processes = [process for process, _ in stack.status()]
+    assert all(process.alive() for process in processes)
+    assert set(others) < set(processes)
+    assert [process.name for process in processes].count("worker") == 1
+    assert not worker.family()
 
 
 def test_two_stacks_at_once_do_not_meet(servers: Stack, temporary: Path) -> None:

@@ -236,6 +236,9 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
         defaults.pop("task_soft_time_limit")
     app.conf.defaults.insert(-1, defaults)
     app.conf.maps.insert(-1, defaults)
+    if app.set_as_current:
+        # In every thread but this one shared tasks would belong to Celery's default application, which signs nothing.
+        app.set_default()
     app.steps["worker"].add(Preflight)
     app.setup_security = _refuse_stock_signing
     app.on_after_finalize.connect(_keep_results, weak=False)

@@ -1,5 +1,9 @@
-"""This service's tasks: one module each, imported here."""
+"""This service's tasks: one module each, imported here.
 
+Importing a task imports the application, so that what calls it never reaches Celery's own, unhardened default one.
+"""
+
+from ..app import app
 from . import documents
 
-__all__ = ["documents"]
+__all__ = ["app", "documents"]

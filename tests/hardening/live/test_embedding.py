@@ -25,8 +25,8 @@ from attacks.wire import Message, Wire
 from stack import Stack
 from stack.worker import Worker
 
-from ..project import hardening
-from ..service import ROOT
+from ...project import hardening
+from ...service import ROOT
 
 TASKS = """
 import os

@@ -13,10 +13,10 @@ from celery import Celery
 from stack import Stack
 from stack.worker import Worker
 
-from ..project import Settings
+from ...project import Settings
 from .everything import application, within
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TASKS = f"{__package__}.everything"
 #: Seconds in which anything that is going to happen has happened, also on a busy machine.
 SOON = 30

@@ -23,8 +23,8 @@ from stack.pki import Pair
 from stack.ports import free_ports
 from stack.process import wait_until
 
-from ..project import hardening, redis_tls, tls
-from ..service import ROOT
+from ...project import hardening, redis_tls, tls
+from ...service import ROOT
 from .relay import Relay, presents
 from .servers import PROTOCOLS, REASONS, REFUSED, Reached, Servers, reach
 

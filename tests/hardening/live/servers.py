@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError
 from stack import Stack
 from stack.pki import Pair
 
-from ..project import Settings, hardening, tls
+from ...project import Settings, hardening, tls
 from .relay import Relay
 
 #: What a refused connection raises, by RabbitMQ's and by Redis' driver.

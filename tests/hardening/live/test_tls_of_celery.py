@@ -16,7 +16,7 @@ from celery import Celery
 
 from stack import Stack
 
-from ..project import errors, tls
+from ...project import errors, tls
 from .relay import presents
 from .servers import REASONS, REFUSED, Reached, Servers, ping, reach
 

@@ -17,7 +17,7 @@ from amqp.exceptions import ChannelError
 from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError
 
-from ..project import intake
+from ...project import intake
 from .everything import within
 from .running import SOON, Running
 

@@ -1,4 +1,4 @@
-"""An application that uses everything Celery has. Workers name it ``tests.live.everything:app``.
+"""An application that uses everything Celery has. Workers name it ``tests.hardening.live.everything:app``.
 
 Effects are files, so that a test counts what really happened and not what a result says: each run of :func:`note` makes
 one of its own, and several runs for one key make several.
@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from celery import Celery, Task, group, shared_task
 
-from ..project import Settings, hardening
+from ...project import Settings, hardening
 
 
 def application(settings: hardening.Settings) -> Celery:

@@ -17,7 +17,7 @@ from celery.exceptions import QueueNotFound, TaskRevokedError
 from celery.result import AsyncResult
 from kombu.exceptions import EncodeError
 
-from ..project import codec, envelope, errors
+from ...project import codec, envelope, errors
 from .everything import within
 from .running import SOON, TASKS, Running
 
