@@ -15,6 +15,7 @@ from cookiecutter.main import cookiecutter
 
 TEMPLATE = Path(__file__).resolve().parent.parent
 PROJECT = TEMPLATE / "{{cookiecutter.project_slug}}"
+HARDENING = TEMPLATE / "tests" / "hardening"
 LICENCES = ("MIT", "Apache-2.0", "BSD-3-Clause", "Proprietary")
 LONG = {
     "project_name": "The quite remarkably long and winding name of a service 2026",
@@ -74,7 +75,10 @@ def workshop(name: str) -> Iterator[Path]:
 
 
 def bake_again(workshop: Path) -> Path:
-    """Bake the default project where an earlier one may be; end its stack and keep only its environment."""
+    """Bake the default project where an earlier one may be; end its stack and keep only its environment.
+
+    Its tests get those of the hardening layer, which are the template's.
+    """
     project = workshop / "my-service"
     environment = workshop / "venv"
     if (project / ".stack").is_dir():
@@ -86,4 +90,5 @@ def bake_again(workshop: Path) -> Path:
     project = bake(workshop, own=workshop / "cookiecutter")
     if environment.is_dir():
         environment.rename(project / ".venv")
+    shutil.copytree(HARDENING, project / "tests" / HARDENING.name, ignore=LEFTOVERS)
     return project

@@ -42,6 +42,16 @@ def test_target_succeeds(project: Path, target: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tests", ["unit", "live"])
+def test_hardening_passes(project: Path, tests: str) -> None:
+    """The hardening layer's own tests, in a project's place and environment."""
+    command = [".venv/bin/python", "-m", "pytest", "-q", f"tests/hardening/{tests}"]
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST")}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_demo_shows_signers_and_attacks_and_leaves_nothing_running(project: Path) -> None:
     """It fails if an attack succeeds here, or proves nothing because it fails on stock for another reason."""
     printed = make(project, "demo")
