@@ -142,6 +142,50 @@ def test_nothing_that_a_genuine_signer_may_sign_raises_in_the_consumer(bench: Be
     bench.receive(bench.sign(**changes))
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    embed=st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(claims.Embed.model_fields, _SIGNATURE | st.lists(_SIGNATURE))
+    ),
+    group=st.none() | st.just("group"),
+)
+def test_no_canvas_of_an_expired_task_raises_in_the_consumer(bench: Bench, embed: Any, group: Any) -> None:
+    """Its chord and its result are dealt with at once, in the main process."""
+    past = "2000-01-01T00:00:00+00:00"
+    bench.receive(bench.sign(task__expires=past, task__group=group, embed=embed))
+
+
+def test_what_celery_fails_on_is_quarantined_and_its_caller_told(bench: Bench) -> None:
+    past = "2000-01-01T00:00:00+00:00"
+    chord = {"task": NAME, "args": 5, "kwargs": {}, "options": {"task_id": []}}
+    fate = bench.receive(bench.sign(task__expires=past, task__group="group", embed__chord=chord, task__id="odd"))
+    assert fate == ["acknowledged"]
+    failing = bench.sign(task__id="failing")
+    bench.consumer.on_task_request = _raise(KeyError("swordfish"))
+    bench.consumer.update_strategies()
+    try:
+        assert bench.receive(failing) == ["acknowledged"]
+        (record,) = [each for each in bench.service.quarantined() if each["code"] == "message.failed"]
+        assert record["detail"] == "KeyError"
+        with pytest.raises(errors.NotHandled):
+            bench.service.client.app.AsyncResult("failing").get(timeout=1)
+        bench.consumer.connection_errors = (ConnectionResetError,)  # as AMQP's are
+        bench.consumer.on_task_request = _raise(ConnectionResetError())
+        bench.consumer.update_strategies()
+        with pytest.raises(ConnectionResetError):  # that is Celery's to deal with: it connects again
+            bench.receive(bench.sign(task__id="again"))
+    finally:
+        bench.consumer.on_task_request = bench.requests.append
+        bench.consumer.update_strategies()
+
+
+def _raise(error: Exception) -> Any:
+    def fail(_: Request) -> None:
+        raise error
+
+    return fail
+
+
 _MOMENT = st.datetimes().map(lambda moment: moment.isoformat()) | st.from_regex(
     r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9])[T ][01][0-9]:[0-5][0-9](Z|[+-]1[0-4]:[0-5][0-9])?", fullmatch=True
 )

@@ -66,8 +66,14 @@ class HardenedConsumer(Consumer):
 
         def on_task_received(message: Any) -> None:
             admitted = self._gate.receive(message)
-            if admitted is not None:
+            if admitted is None:
+                return
+            try:
                 handle(admitted)
+            except (*self.connection_errors, *self.channel_errors):
+                raise
+            except Exception as error:  # what leaves this function ends the worker, and the message would come again
+                self._gate.give_up(message, admitted, error)
 
         return on_task_received
 

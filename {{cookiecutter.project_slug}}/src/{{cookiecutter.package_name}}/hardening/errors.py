@@ -215,6 +215,13 @@ class GateFailed(MessageRefused):
     fix = "This is a defect: report it with the audit event."
 
 
+class NotHandled(MessageRefused):
+    """Celery's own code failed on the message before its task could start."""
+
+    code = "message.failed"
+    fix = "Look for the result backend being away, or for an odd canvas in the quarantined message."
+
+
 # --- task and result --------------------------------------------------------------------------------------------------
 
 

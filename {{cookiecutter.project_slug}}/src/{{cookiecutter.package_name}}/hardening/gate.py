@@ -20,6 +20,7 @@ from .errors import (
     FromTheFuture,
     GateFailed,
     MessageRefused,
+    NotHandled,
     TooLarge,
     UnknownTask,
     Unsigned,
@@ -48,6 +49,12 @@ class Gate:
         except MessageRefused as refusal:
             self._quarantine.store(message, refusal)
             return None
+
+    def give_up(self, message: Any, admitted: Admitted, error: Exception) -> None:
+        """Quarantine an admitted message that Celery's own code has failed on."""
+        refusal = NotHandled(type(error).__name__)
+        refusal.claims = admitted.claims
+        self._quarantine.store(message, refusal)
 
     def admit(self, message: Any) -> Admitted:
         """Verify ``message`` and return what Celery may act on.
@@ -117,6 +124,7 @@ class Gate:
         soft = _smaller(_smaller(claims.task.timelimit[1], task.soft_time_limit), hard)
         return Admitted(
             message,
+            claims,
             headers={**request_headers(claims), "timelimit": [hard, soft]},
             properties={
                 "correlation_id": claims.task.correlation_id,
@@ -143,11 +151,13 @@ class Admitted:
     def __init__(
         self,
         message: Any,
+        claims: TaskClaims,
         headers: dict[str, Any],
         properties: dict[str, Any],
         delivery_info: dict[str, Any],
         body: tuple[list[Any], dict[str, Any], dict[str, Any]],
     ) -> None:
+        self.claims = claims
         self.headers = headers
         self.properties = properties
         self.delivery_info = delivery_info

@@ -51,9 +51,11 @@ class Quarantine:
             self._publish(self._record(message, refusal))
         except Exception as error:  # whatever stops the copy must not stop the worker or lose the original
             audit.record(audit.Event.QUARANTINE_FAILED, code=refusal.code, error=type(error).__name__)
-            message.reject(requeue=False)
+            if not message.acknowledged:
+                message.reject(requeue=False)
             return
-        message.ack()
+        if not message.acknowledged:  # Celery may have done so before it failed
+            message.ack()
 
     def _tell_caller(self, refusal: MessageRefused) -> None:
         try:
