@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ..project import errors, topology
+from ...project import errors, topology
 
 GOOD = """
 application = "shop"

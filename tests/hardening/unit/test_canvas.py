@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from celery import Celery, chain, chord, group
 
-from ..project import canvas, codec, errors
+from ...project import canvas, codec, errors
 
 app = Celery("canvas", broker="memory://", set_as_current=False)
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 from stack.account import Account
 from stack.pki import Authority, Pair
 
-from ..project import errors, tls
+from ...project import errors, tls
 
 SETTING = "SECURE_CELERY_BROKER_URL"
 PASSWORD = "hunter2"

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.exceptions import EncodeError
 
-from ..project import codec, documents, envelope, errors, ownership, results
-from ..service import Party, Service
+from ...project import codec, documents, envelope, errors, ownership, results
+from ...service import Party, Service
 from . import certificates
 
 RESULT = envelope.Type.RESULT

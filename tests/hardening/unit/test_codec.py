@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kombu.exceptions import EncodeError
 from pydantic import BaseModel
 
-from ..project import codec, errors
+from ...project import codec, errors
 
 
 class Colour(Enum):

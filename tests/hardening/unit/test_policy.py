@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ..project import errors, identity, policy, topology
+from ...project import errors, identity, policy, topology
 
 BASE = "spiffe://orders.test/production/orders"
 RULES = """

@@ -15,7 +15,7 @@ from amqp.serialization import dumps
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ..project import errors, intake
+from ...project import errors, intake
 
 TIMESTAMP_OF_2_62 = b"\x20\x00" + struct.pack(">I", 11) + b"\x01xT" + struct.pack(">Q", 2**62)
 

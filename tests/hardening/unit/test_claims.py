@@ -12,7 +12,7 @@ from celery import Task
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ..project import claims, codec, errors
+from ...project import claims, codec, errors
 
 GENUINE: dict[str, Any] = {
     "iss": "spiffe://orders.test/development/orders/client",

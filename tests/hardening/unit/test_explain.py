@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ..project import errors, explain
+from ...project import errors, explain
 
 SOURCE = Path(inspect.getfile(errors)).parent
 CODE = re.compile(r"[a-z]+(\.[a-z-]+)+")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ..project import errors, identity
+from ...project import errors, identity
 
 ROLES = [role.value for role in identity.Role]
 

@@ -18,8 +18,8 @@ from celery.result import AsyncResult
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ..project import claims, codec, documents, envelope, errors, gate, intake
-from ..service import Party, Service
+from ...project import claims, codec, documents, envelope, errors, gate, intake
+from ...service import Party, Service
 from . import certificates
 
 TASK = envelope.Type.TASK

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
 from stack.account import Account
 from stack.pki import Pki
 
-from ..project import Settings, errors, hardening
-from ..service import ROOT
+from ...project import Settings, errors, hardening
+from ...service import ROOT
 from . import certificates
 
 SENTENCE = re.compile(r"(?P<setting>[A-Za-z_]+): .+; .+ \[(?P<code>[a-z.-]+)\]")

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ..project import envelope, errors, trust
+from ...project import envelope, errors, trust
 from .certificates import CLIENT, WORKER, Pair, authority, b64, header, jws, key_of, signing, x5c
 
 TASK = envelope.Type.TASK

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ..project import errors, files
+from ...project import errors, files
 
 SETTING = "SECURE_CELERY_SECURITY_KEY"
 CONTENT = b"-----BEGIN PRIVATE KEY-----"

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.asynchronous.timer import Timer
 
-from ..project import audit, claims, codec, consumer, documents, envelope, errors
-from ..service import Service
+from ...project import audit, claims, codec, consumer, documents, envelope, errors
+from ...service import Service
 from .test_gate import Channel, delivered
 
 NAME = documents.checksum.name

@@ -19,8 +19,8 @@ from kombu.serialization import registry
 from stack.account import Account
 from stack.pki import Pki
 
-from ..project import Settings, consumer, documents, errors, hardening, intake, producer, results
-from ..service import ROOT, Service
+from ...project import Settings, consumer, documents, errors, hardening, intake, producer, results
+from ...service import ROOT, Service
 
 PREFIX = documents.checksum.name.rpartition(".documents.")[0]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ..project import codec, envelope, errors, quarantine
-from ..service import Service
+from ...project import codec, envelope, errors, quarantine
+from ...service import Service
 from .test_gate import Channel, delivered
 
 

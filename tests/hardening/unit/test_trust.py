@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from stack.account import Account
 from stack.pki import Pki
 
-from ..project import errors, trust
+from ...project import errors, trust
 from .certificates import (
     CLIENT,
     HOUR,

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import AfterValidator, BaseModel, Discriminator, Field
 
-from ..project import codec, errors, strict
+from ...project import codec, errors, strict
 
 NOW = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 app = Celery(set_as_current=False)

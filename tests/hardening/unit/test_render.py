@@ -12,9 +12,9 @@ import pytest
 from kombu import Exchange, Queue
 from kombu.transport import native_delayed_delivery
 
-from ..project import render, topology
+from ...project import render, topology
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOPOLOGY = topology.Topology.load(ROOT / "topology.toml")
 APPLICATION = TOPOLOGY.application
 DELAYED = "0." * 27 + "1."

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from ..project import envelope, keys
+from ...project import envelope, keys
 
 CLIENT = "spiffe://orders.test/development/orders/client"
 WORKER = "spiffe://orders.test/development/orders/worker"
