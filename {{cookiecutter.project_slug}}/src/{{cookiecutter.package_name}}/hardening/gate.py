@@ -132,7 +132,7 @@ class Gate:
                 "priority": claims.task.priority,
             },
             delivery_info={
-                "exchange": self._hardening.topology.exchange,
+                "exchange": self._hardening.broker.exchange,
                 "routing_key": claims.queue,
                 "redelivered": bool((message.delivery_info or {}).get("redelivered")),
             },

@@ -17,9 +17,9 @@ from typing import Any
 
 from celery import Celery
 from celery.utils.imports import symbol_by_name
-from kombu import Exchange, Queue
 from kombu.serialization import registry
 
+from . import brokers
 from .consumer import HardenedConsumer, Preflight
 from .envelope import Signer, Verifier
 from .errors import ConfigurationRefused
@@ -91,18 +91,16 @@ class Hardening:
         """
         _ = self.signer, self.verifier, self.topology, self.policy, self.settings.tls
 
+    @cached_property
+    def broker(self) -> brokers.Broker:
+        """How messages travel, by the scheme of the broker's URL."""
+        return brokers.of(self.settings, self.topology, self.signer.identity)
+
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold; nothing may set them differently."""
         topology, worker = self.topology, self.signer.identity.role is Role.WORKER
-        exchange = Exchange(topology.exchange, type="topic", no_declare=True)
         return {
-            "broker_url": self.settings.broker_url,
-            "broker_read_url": self.settings.broker_url,
-            "broker_write_url": self.settings.broker_url,
-            "broker_use_ssl": self.settings.tls.amqp(),
-            "broker_login_method": "EXTERNAL",  # by certificate; the name is only for logs
-            "broker_user": topology.account(self.signer.identity.account),
-            "broker_transport_options": {"confirm_publish": True},
+            **self.broker.configuration(),
             "result_backend": self.result_backend,
             "redis_backend_use_ssl": self.settings.tls.redis(),
             "result_backend_transport_options": {
@@ -126,22 +124,6 @@ class Hardening:
             "worker_enable_remote_control": False,
             "worker_send_task_events": False,
             "task_send_sent_event": False,
-            # Queues are declared by the operator (topology.toml); no account may declare anything.
-            "task_queues": [
-                Queue(
-                    queue.broker_name,
-                    exchange,
-                    alias=queue.name,
-                    routing_key=queue.broker_name,
-                    queue_arguments={"x-queue-type": "quorum"},
-                    no_declare=True,
-                )
-                for queue in topology.queues
-            ],
-            "task_default_exchange": topology.exchange,
-            "task_default_exchange_type": "topic",
-            "task_create_missing_queues": False,
-            "worker_detect_quorum_queues": True,
             "worker_consumer": HardenedConsumer,
             "security_key": str(self.settings.security_key),
             "security_certificate": str(self.settings.security_certificate),

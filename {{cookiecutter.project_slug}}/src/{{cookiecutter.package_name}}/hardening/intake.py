@@ -21,6 +21,7 @@ from amqp import basic_message, method_framing, spec
 from amqp.serialization import loads
 from kombu.exceptions import OperationalError
 from kombu.transport import memory, pyamqp
+from kombu.utils.imports import symbol_by_name
 
 from .errors import Compressed, ConfigurationRefused, MessageRefused, Unparseable
 
@@ -86,7 +87,7 @@ class AmqpMessage(pyamqp.Message):
     def __init__(self, msg: Any, channel: Any = None, **kwargs: Any) -> None:
         """Build it; never raises on what the message holds."""
         self.unparsed = getattr(msg, "unparsed", b"")
-        self.refusal = Unparseable() if self.unparsed else _strip_compression(msg.properties.get("application_headers"))
+        self.refusal = Unparseable() if self.unparsed else strip_compression(msg.properties.get("application_headers"))
         super().__init__(msg, channel=channel, **kwargs)
 
 
@@ -146,7 +147,7 @@ class MemoryMessage(memory.Channel.Message):
 
     def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
         """Build it."""
-        self.refusal = _strip_compression(payload.get("headers"))
+        self.refusal = strip_compression(payload.get("headers"))
         super().__init__(payload, channel=channel, **kwargs)
 
 
@@ -165,7 +166,11 @@ class Connection(kombu.Connection):
 
     ssl: Any
     transport_cls: str
-    transports: ClassVar[dict[str, type]] = {"amqps": AmqpTransport, "memory": MemoryTransport}
+    transports: ClassVar[dict[str, str]] = {
+        "amqps": f"{__name__}:AmqpTransport",
+        "rediss": f"{__name__}_redis:RedisTransport",
+        "memory": f"{__name__}:MemoryTransport",
+    }
 
     def get_transport_cls(self) -> type:
         """Return the transport for the URL's scheme.
@@ -173,16 +178,19 @@ class Connection(kombu.Connection):
         Raises:
             ConfigurationRefused: there is none with an intake.
         """
-        try:
-            return self.transports[self.transport_cls]
-        except KeyError:
+        if self.transport_cls not in self.transports:
             raise ConfigurationRefused(
-                "broker_url", f"there is no intake for {self.transport_cls}://", "use amqps://", "config.tls"
-            ) from None
+                "broker_url",
+                f"there is no intake for {self.transport_cls}://",
+                "use amqps:// or rediss://",
+                "config.tls",
+            )
+        transport: type = symbol_by_name(self.transports[self.transport_cls])
+        return transport
 
     def _init_params(self, *args: Any, **kwargs: Any) -> None:
         super()._init_params(*args, **kwargs)
-        if isinstance(self.ssl, dict):
+        if isinstance(self.ssl, dict) and self.transport_cls == "amqps":
             # kombu writes the first broker's name into the dict, and would check every other broker against it.
             self.ssl = {**self.ssl, "server_hostname": None}
 
@@ -200,7 +208,7 @@ class _Pool(kombu.connection.ConnectionPool):
         return _PooledConnection(self, **dict(self.connection._info(resolve=False)))
 
 
-def _strip_compression(headers: Any) -> MessageRefused | None:
+def strip_compression(headers: Any) -> MessageRefused | None:
     """Remove what would make kombu decompress the body, and say that it was there."""
     if isinstance(headers, dict) and headers.pop("compression", None) is not None:
         return Compressed()

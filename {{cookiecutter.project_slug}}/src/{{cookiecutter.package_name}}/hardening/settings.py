@@ -39,10 +39,12 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, hide_input_in_errors=True)
 
     #: Where messages may go. Only a subclass in a test may widen this; no environment variable can.
-    broker_schemes: ClassVar[frozenset[str]] = frozenset({"amqps"})
+    broker_schemes: ClassVar[frozenset[str]] = frozenset({"amqps", "rediss"})
     result_schemes: ClassVar[frozenset[str]] = frozenset({"rediss"})
 
     broker_url: str
+    #: Redis has no login by certificate; RabbitMQ needs no password.
+    broker_password_file: Path | None = None
     result_backend: str
     result_backend_password_file: Path
     topology: Path
@@ -109,12 +111,30 @@ class Settings(BaseSettings):
 
     def result_backend_url(self) -> str:
         """Return the result backend's URL with its password, for Celery alone; never log it."""
-        password = read_private_file(PREFIX + "RESULT_BACKEND_PASSWORD_FILE", self.result_backend_password_file)
-        url = urlsplit(self.result_backend)
-        user = quote(url.username or "", safe="")
-        host = url.netloc.rpartition("@")[2]
-        secret = quote(password.decode().strip(), safe="")
-        return urlunsplit(url._replace(netloc=f"{user}:{secret}@{host}"))
+        return _with_password(self.result_backend, "RESULT_BACKEND_PASSWORD_FILE", self.result_backend_password_file)
+
+    def broker_address(self) -> str:
+        """Return the broker's URL; Redis's with its password, for Celery alone, so never log it.
+
+        Raises:
+            ConfigurationRefused: the broker is Redis and there is no password file.
+        """
+        if urlsplit(self.broker_url).scheme != "rediss":
+            return self.broker_url
+        if self.broker_password_file is None:
+            raise ConfigurationRefused(
+                PREFIX + "BROKER_PASSWORD_FILE", "is not set, and Redis has no login by certificate", "set it"
+            )
+        return _with_password(self.broker_url, "BROKER_PASSWORD_FILE", self.broker_password_file)
+
+
+def _with_password(address: str, setting: str, file: Path) -> str:
+    password = read_private_file(PREFIX + setting, file)
+    url = urlsplit(address)
+    user = quote(url.username or "", safe="")
+    host = url.netloc.rpartition("@")[2]
+    secret = quote(password.decode().strip(), safe="")
+    return urlunsplit(url._replace(netloc=f"{user}:{secret}@{host}"))
 
 
 def load_signer(key: Path, certificate: Path, password_file: Path | None = None) -> Signer:
