@@ -13,6 +13,18 @@ ANSWERS = json.loads({{cookiecutter | jsonify | jsonify}})
 
 # question -> answer -> {path in the template: path in the project}. Not chosen: dropped, file or folder.
 PARTS = {
+    "broker": {
+        "rabbitmq": {
+            "deploy/rabbitmq": "deploy/rabbitmq",
+            "tests/live/test_attacks.py": "tests/live/test_attacks.py",
+            "tests/live/test_rabbitmq.py": "tests/live/test_rabbitmq.py",
+        },
+        "redis": {
+            "deploy/redis/broker.acl": "deploy/redis/broker.acl",
+            "deploy/redis/broker.conf": "deploy/redis/broker.conf",
+            "tests/live/test_redis_broker.py": "tests/live/test_redis_broker.py",
+        },
+    },
     "licence": {
         "MIT": {"LICENSE.mit": "LICENSE"},
         "Apache-2.0": {"LICENSE.apache": "LICENSE"},

@@ -1,4 +1,4 @@
-"""Redis on loopback, with ``deploy/redis/redis.conf`` and only port, paths and passwords of its own.
+"""Redis on loopback, with a file of ``deploy/redis`` and only port, paths and passwords of its own.
 
 Guards against: a committed or shared password. The rendered ACL file has none; each start makes new ones.
 Rests on: 256 random bits in each password, which makes Redis' unsalted SHA-256 safe to store.
@@ -29,13 +29,14 @@ ADMINISTRATOR = "stack-administrator"
 
 
 class Backend:
-    """One Redis server. Everything it writes is in ``folder``."""
+    """One Redis server: ``redis`` for the results or ``redis-broker``. Everything it writes is in ``folder``."""
 
-    def __init__(self, project: Path, folder: Path, port: int, account: Account) -> None:
+    def __init__(self, project: Path, folder: Path, port: int, account: Account, settings: str = "redis.conf") -> None:
         self.project = project
         self.folder = folder
         self.port = port
         self.account = account
+        self._settings = project / "deploy/redis" / settings
 
     def password_file(self, user: str) -> Path:
         """Where an account's password is."""
@@ -50,7 +51,7 @@ class Backend:
         acl = self.account.write(self.folder / "users.acl", "\n".join(lines) + "\n")
         write_own(
             self.folder / "redis.conf",
-            f"include {self.project / 'deploy/redis/redis.conf'}\n"
+            f"include {self._settings}\n"
             f"tls-port {self.port}\n"
             f"tls-ca-cert-file {ca}\n"
             f"tls-cert-file {server.certificate}\n"
@@ -74,7 +75,7 @@ class Backend:
         """Start the server; it is not ready yet."""
         command = [find_server(), str(self.folder / "redis.conf")]
         env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-        return start("redis", command, env=env, cwd=self.folder / "home", log=log, account=self.account)
+        return start(self.folder.name, command, env=env, cwd=self.folder / "home", log=log, account=self.account)
 
     def wait(self, process: Process, ca: Path, client: Pair) -> None:
         """Wait until the administrator can log in."""

@@ -17,16 +17,20 @@ from . import backend, broker
 from .errors import StackFailed
 
 _POLICY = Path("/usr/sbin/policy-rc.d")
+_SERVERS = {"rabbitmq-server": broker.find_server, "redis-server": backend.find_server}
 _FORBID = "#!/bin/sh\n# put here for an installation by `python -m stack`\nexit 101\n"
 
 
-def require_servers() -> None:
+def require_servers(*packages: str) -> None:
     """Make sure that the servers' programs are there.
+
+    Args:
+        packages: names of ``_SERVERS``.
 
     Raises:
         StackFailed: they are not, and it says which command installs them; or that command failed.
     """
-    missing = _missing()
+    missing = _missing(packages)
     if not missing:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
@@ -42,15 +46,15 @@ def require_servers() -> None:
     if shutil.which("systemctl"):
         for unit in units:
             _run("systemctl", "disable", unit, may_fail=True)  # not every release has each of them
-    if still := _missing():
+    if still := _missing(packages):
         raise StackFailed(f"{' and '.join(still)}: installed, and yet not found")
 
 
-def _missing() -> list[str]:
+def _missing(packages: Sequence[str]) -> list[str]:
     missing = []
-    for package, find in (("rabbitmq-server", broker.find_server), ("redis-server", backend.find_server)):
+    for package in packages:
         try:
-            find()
+            _SERVERS[package]()
         except StackFailed:
             missing.append(package)
     return missing

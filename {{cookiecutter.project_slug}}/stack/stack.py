@@ -28,7 +28,9 @@ from .process import Process
 from .record import Record
 from .worker import Worker, start_worker, wait_ready
 
-_SERVERS = ("rabbitmq", "redis", "epmd")
+#: What is started for each broker that a topology can name, and the packages that it comes from.
+_SERVERS = {"rabbitmq": ("rabbitmq", "redis", "epmd"), "redis": ("redis-broker", "redis")}
+_PACKAGES = {"rabbitmq": ("rabbitmq-server", "redis-server"), "redis": ("redis-server",)}
 _CALLER_ROLES = frozenset({"client", "beat", "monitor", "operator"})
 
 
@@ -41,7 +43,7 @@ class Stack:
         app: the Celery application of the workers; the project's own if not given.
         topology: another topology file than the project's.
         definitions: changes the broker's definitions before they are loaded.
-        acl: more lines for the backend's ACL file; ``user NAME on resetpass ...`` gets a password of its own.
+        acl: more lines for the ACL file of the backend, and of a broker that is Redis; ``user NAME on resetpass ...`` gets a password of its own.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Stack:
         self._rules = importlib.import_module(f"{package}.hardening.render")
         self._topology_file = (topology or self.project / "topology.toml").resolve()
         self.topology: Any = self._rules.Topology.load(self._topology_file)
+        self._servers = _SERVERS[self.topology.broker]
         self._definitions = definitions or (lambda document: document)
         self._acl = tuple(acl)
         self.account = Account.unprivileged()
@@ -85,7 +88,7 @@ class Stack:
         """
         with self._record.locked():
             try:
-                servers = [process for process in self._record.processes if process.name in _SERVERS]
+                servers = [process for process in self._record.processes if process.name in self._servers]
                 if not self._record.ready or not all(server.alive() for server in servers):
                     self._end()
                     self._check()
@@ -137,44 +140,60 @@ class Stack:
                 self._start(name)
 
     def rabbitmqctl(self, *arguments: str) -> str:
-        """Run ``rabbitmqctl`` against the broker."""
-        return self._broker().control(*arguments)
+        """Run ``rabbitmqctl`` against a broker that is RabbitMQ."""
+        return self._rabbitmq().control(*arguments)
 
     def redis(self, *command: str) -> str:
         """Send a command to the backend as an administrator, who exists only here."""
-        with self._backend().administrator(*self._tls_client(ADMINISTRATOR)) as administrator:
+        return self._administer("redis", command)
+
+    def redis_broker(self, *command: str) -> str:
+        """Send a command to a broker that is Redis, as its administrator."""
+        return self._administer("redis-broker", command)
+
+    def _administer(self, name: str, command: Sequence[str]) -> str:
+        with self._redis(name).administrator(*self._tls_client(ADMINISTRATOR)) as administrator:
             return as_lines(administrator.execute_command(*command))
 
     def _check(self) -> None:
-        install.require_servers()
+        install.require_servers(*_PACKAGES[self.topology.broker])
         self.account.require_reachable(self.project, self.folder)
         if self._topology_file == self.project / "topology.toml" and (stale := self._rules.stale(self.project)):
             raise StackFailed(f"{stale[0]} is not what topology.toml says: run `make topology`")
 
     def _start_servers(self) -> None:
-        self._record.begin(dict(zip((*_SERVERS, "distribution"), free_ports(4), strict=True)))
+        names = (*self._servers, *(("distribution",) if "rabbitmq" in self._servers else ()))
+        self._record.begin(dict(zip(names, free_ports(len(names)), strict=True)))
         self._pki = pki = Pki(self.folder / "pki", self.account)
         hosts = ("127.0.0.1", "localhost")
-        broker, backend = self._broker(), self._backend()
-        definitions = self._definitions(self._rules.definitions(self.topology))
-        broker.configure(json.dumps(definitions), pki.tls.certificate, pki.tls.server("rabbitmq", hosts))
-        acl = [*self._rules.acl_text(self.topology).splitlines(), *self._acl]
-        backend.configure(acl, pki.tls.certificate, pki.tls.server("redis", hosts))
+        rules = {"redis": self._rules.acl_text}
+        if "rabbitmq" in self._servers:
+            definitions = json.dumps(self._definitions(self._rules.definitions(self.topology)))
+            self._rabbitmq().configure(definitions, pki.tls.certificate, pki.tls.server("rabbitmq", hosts))
+        else:
+            rules["redis-broker"] = self._rules.broker_acl_text
+        for name, text in rules.items():
+            acl = [*text(self.topology).splitlines(), *self._acl]
+            self._redis(name).configure(acl, pki.tls.certificate, pki.tls.server(name, hosts))
         pki.tls.client(ADMINISTRATOR)
         for role in self.topology.accounts:
             self._write_environment(role)
-        self._start("epmd", "rabbitmq", "redis")
+        self._start(*sorted(self._servers))  # epmd before the node that would start its own
         self._record.complete()
 
     def _start(self, *names: str) -> None:
-        broker, backend = self._broker(), self._backend()
-        how = {"epmd": broker.start_port_mapper, "rabbitmq": broker.start, "redis": backend.start}
-        started = {name: self._record.add(how[name](self._record.log(name))) for name in names}
-        if "redis" in started:
-            backend.wait(started["redis"], *self._tls_client(ADMINISTRATOR))
+        started = {name: self._record.add(self._starter(name)(self._record.log(name))) for name in names}
+        for name, process in started.items():
+            if name.startswith("redis"):
+                self._redis(name).wait(process, *self._tls_client(ADMINISTRATOR))
         if "rabbitmq" in started:
             account = self.topology.account(next(iter(self.topology.accounts)))
-            broker.wait(started["rabbitmq"], self.topology.vhost, *self._tls_client(account))
+            self._rabbitmq().wait(started["rabbitmq"], self.topology.vhost, *self._tls_client(account))
+
+    def _starter(self, name: str) -> Callable[[Path], Process]:
+        if name.startswith("redis"):
+            return self._redis(name).start
+        return self._rabbitmq().start if name == "rabbitmq" else self._rabbitmq().start_port_mapper
 
     def _tls_client(self, account: str) -> tuple[Path, Pair]:
         tls = self.folder / "pki/tls"
@@ -185,10 +204,17 @@ class Stack:
         client = self.pki.tls.client(account)
         signer = self.pki.signing.signer(role, self._identity(role))
         ports = self._record.ports
+        if "rabbitmq" in ports:
+            broker: dict[str, object] = {"BROKER_URL": f"amqps://127.0.0.1:{ports['rabbitmq']}/{self.topology.vhost}"}
+        else:
+            broker = {
+                "BROKER_URL": f"rediss://{account}@127.0.0.1:{ports['redis-broker']}/0",
+                "BROKER_PASSWORD_FILE": self._redis("redis-broker").password_file(account),
+            }
         values = {
-            "BROKER_URL": f"amqps://127.0.0.1:{ports['rabbitmq']}/{self.topology.vhost}",
+            **broker,
             "RESULT_BACKEND": f"rediss://{account}@127.0.0.1:{ports['redis']}/0",
-            "RESULT_BACKEND_PASSWORD_FILE": self._backend().password_file(account),
+            "RESULT_BACKEND_PASSWORD_FILE": self._redis("redis").password_file(account),
             "TLS_CA": self.pki.tls.certificate,
             "TLS_CERTIFICATE": client.certificate,
             "TLS_KEY": client.key,
@@ -212,7 +238,7 @@ class Stack:
         home = own_folder(self.folder / "workers") / name
         if not home.exists():
             self.account.folder(home)
-        node = f"{name}@{self.topology.application}-{self._record.ports['rabbitmq']}"
+        node = f"{name}@{self.topology.application}-{self._record.ports[self._servers[0]]}"
         arguments = ("-A", app, "worker", "--hostname", node, "--concurrency", "2", "--loglevel", "INFO", *options)
         process = start_worker(name, self.project, arguments, env, home, self._record.log(name), self.account)
         self._record.add(process)
@@ -239,11 +265,12 @@ class Stack:
         self._record.clear()
         self._pki = None
 
-    def _broker(self) -> Broker:
+    def _rabbitmq(self) -> Broker:
         return Broker(self.project, self.folder / "rabbitmq", self._record.ports, self.account)
 
-    def _backend(self) -> Backend:
-        return Backend(self.project, self.folder / "redis", self._record.ports["redis"], self.account)
+    def _redis(self, name: str) -> Backend:
+        settings = "redis.conf" if name == "redis" else "broker.conf"
+        return Backend(self.project, self.folder / name, self._record.ports[name], self.account, settings)
 
 
 def _package(project: Path) -> str:

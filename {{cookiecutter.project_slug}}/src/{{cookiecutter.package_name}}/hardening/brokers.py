@@ -14,12 +14,16 @@ from urllib.parse import urlsplit
 
 from kombu import Exchange, Queue
 
+from .errors import ConfigurationRefused
 from .identity import Identity
-from .settings import Settings
+from .settings import PREFIX, Settings
 from .topology import Topology
 
 #: Seconds after which Redis gives away what a worker holds that no longer says that it lives.
 VISIBILITY_TIMEOUT = 60
+#: Seconds to wait for any answer of Redis. No connection hangs on a server that has stopped.
+ANSWER_TIMEOUT = 10
+_SCHEMES = {"amqps": "rabbitmq", "rediss": "redis"}
 
 
 class Broker(Protocol):
@@ -53,7 +57,7 @@ class RabbitMQ:
 
 
 class Redis:
-    """Lists named like the queues, and acknowledgement by kombu's ``unacked`` hash under names of the application's own."""
+    """One list for each queue, and what a pool's workers hold in a hash of the pool's own."""
 
     exchange = ""
 
@@ -62,17 +66,21 @@ class Redis:
 
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold."""
-        own = self._topology.application
+        held, since = self._topology.held(self._own.account)
         return {
             **_address(self._settings.broker_address()),
             "broker_use_ssl": self._settings.tls.redis(),
             "broker_transport_options": {
                 "visibility_timeout": VISIBILITY_TIMEOUT,
-                "unacked_restore_throttle": 1,
-                "unacked_key": f"{own}:unacked",
-                "unacked_index_key": f"{own}:unacked_index",
-                "unacked_mutex_key": f"{own}:unacked_mutex",
+                "unacked_restore_interval": VISIBILITY_TIMEOUT / 6,
+                "unacked_key": held,
+                "unacked_index_key": since,
+                "dead_queue": self._topology.dead,
+                "quarantine_queue": self._topology.quarantine,
+                "delivery_limits": {queue.broker_name: queue.delivery_limit for queue in self._topology.queues},
+                "priority_steps": [0],  # one list for each queue: a list for each priority would be a key more to guard
                 "socket_connect_timeout": 5,
+                "socket_timeout": ANSWER_TIMEOUT,
                 "socket_keepalive": True,
             },
             **_queues(self._topology, Exchange("", type="direct", no_declare=True), None),
@@ -80,8 +88,20 @@ class Redis:
 
 
 def of(settings: Settings, topology: Topology, own: Identity) -> Broker:
-    """Return the broker that the settings' URL names."""
-    return (Redis if urlsplit(settings.broker_url).scheme == "rediss" else RabbitMQ)(settings, topology, own)
+    """Return the topology's broker.
+
+    Raises:
+        ConfigurationRefused: the broker's URL is another one's.
+    """
+    scheme = urlsplit(settings.broker_url).scheme
+    if _SCHEMES.get(scheme, topology.broker) != topology.broker:
+        raise ConfigurationRefused(
+            PREFIX + "BROKER_URL",
+            f"is {scheme}://, and topology.toml says that the broker is {topology.broker}",
+            "correct one of the two",
+            "config.topology",
+        )
+    return (Redis if topology.broker == "redis" else RabbitMQ)(settings, topology, own)
 
 
 def _address(url: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 Guards against: a pushed ``garbage`` or ``[1]`` that ends the worker while it is parsed; a delivery tag, routing key or
 redelivered flag that the sender chose, which would acknowledge another message or send a retry elsewhere; a broken
 entry in the shared ``unacked`` hash that ends every worker that tries to restore it.
+``unacked`` and its index are the pool's own (see ``topology.py``). kombu's lock around them is left out: it would stay for
+five minutes when its holder is killed, and each transaction watches what it changes anyway.
 Rests on: every popped item being rebuilt here before kombu sees it. Redis cannot say who pushed it, so nothing of it is
 believed but its body and content type, which the gate judges.
 Controls: INT-1, SER-3, BRK-2, TLS-1.
@@ -15,7 +17,8 @@ import binascii
 import json
 import time
 import uuid
-from typing import Any
+from queue import Empty
+from typing import Any, ClassVar
 
 import redis
 from kombu.transport import redis as kombu_redis
@@ -24,10 +27,13 @@ from .errors import MessageRefused, Unparseable
 from .intake import strip_compression
 from .redis_tls import VerifiedSSLConnection
 
-#: Deliveries of one message before it goes to the dead letters; RabbitMQ's queues have the same limit.
-DELIVERY_LIMIT = 5
+#: A count that no honest message reaches. Whoever may push to a queue may choose it, and shorten or prolong its own
+#: message's way to the dead letters.
+_MANY = 1_000
 #: Messages kept in a queue that nobody consumes (dead letters, quarantine); the oldest go first.
 KEPT_MESSAGES = 10_000
+#: Messages that one look at the lost ones gives back.
+RESTORED_AT_ONCE = 100
 _UNPARSED = "unparsed"
 
 
@@ -48,7 +54,7 @@ def rebuild(item: bytes, queue: str) -> dict[str, Any]:
         body = message["body"].encode("utf-8")
         if theirs.get("body_encoding") == "base64":
             body = base64.b64decode(body, validate=True)
-        for name, most in (("priority", 9), ("deliveries", DELIVERY_LIMIT)):
+        for name, most in (("priority", 9), ("deliveries", _MANY)):
             if isinstance(theirs.get(name), int):
                 properties[name] = max(0, min(int(theirs[name]), most))
         content_type, content_encoding = message.get("content-type"), message.get("content-encoding")
@@ -87,52 +93,80 @@ class _Client(redis.Redis):
         reply: Any = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]  # redis-py
         if command_name == "BRPOP" and reply:
             key, item = reply
-            queue = key.decode("utf-8", "replace").partition(kombu_redis.Channel.sep)[0]
-            return key, json.dumps(rebuild(item, queue)).encode("ascii")
+            return key, json.dumps(rebuild(item, key.decode("utf-8", "replace"))).encode("ascii")
         return reply
 
 
 class _QoS(kombu_redis.QoS):
     """Keeps this worker's unacknowledged messages its own while it lives, so that a short timeout is enough."""
 
-    def restore_visible(self, *args: Any, **kwargs: Any) -> Any:
-        if self._delivered:
-            with self.channel.conn_or_acquire() as client:
-                client.zadd(self.unacked_index_key, dict.fromkeys(self._delivered, time.time()), xx=True)
-        return super().restore_visible(*args, **kwargs)
+    def restore_visible(self, start: int = 0, num: int | None = None, interval: int = 0) -> None:
+        now = time.time()
+        with self.channel.conn_or_acquire() as client:
+            if self._delivered:
+                client.zadd(self.unacked_index_key, dict.fromkeys(self._delivered, now), xx=True)
+            late = client.zrange(
+                self.unacked_index_key, 0, now - self.visibility_timeout, byscore=True, offset=0, num=RESTORED_AT_ONCE
+            )
+            for tag in late:
+                self.restore_by_tag(tag, client)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> Any:
         try:
             return super().restore_by_tag(tag, client, leftmost)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError):  # another worker's entry may be anything
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, redis.exceptions.NoPermissionError):
+            # Another worker's entry may be anything, also one for a queue that is not ours.
             return self._remove_from_indices(tag).execute()
+
+    def restore_unacked(self, client: Any = None) -> None:
+        self.channel.counts = False  # a worker that ends gives back what nobody has run
+        try:
+            super().restore_unacked(client)
+        finally:
+            self.channel.counts = True
 
 
 class _Channel(kombu_redis.Channel):
     Message = RedisMessage
     QoS = _QoS
     connection_class_ssl = VerifiedSSLConnection
-    supports_fanout = False
+    from_transport_options = (
+        *kombu_redis.Channel.from_transport_options,
+        "dead_queue",
+        "quarantine_queue",
+        "delivery_limits",
+    )
+    dead_queue = quarantine_queue = ""
+    delivery_limits: ClassVar[dict[str, int]] = {}
+    counts = True
 
     def _get_client(self) -> Any:
         super()._get_client()  # refuses a redis-py that is too old
         return _Client
 
+    def _get(self, queue: str) -> dict[str, Any]:
+        with self.conn_or_acquire() as client:
+            item = client.rpop(queue)
+        if item is None:
+            raise Empty
+        return rebuild(item, queue)
+
     def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
         super()._put(queue, message, **kwargs)
-        if queue.endswith((".dead", ".quarantine")):
+        if queue == self.quarantine_queue:
             with self.conn_or_acquire() as client:
                 client.ltrim(queue, 0, KEPT_MESSAGES - 1)
 
     def _do_restore_message(
         self, payload: Any, exchange: str, routing_key: str, pipe: Any, leftmost: bool = False
     ) -> None:
-        deliveries = payload["properties"].get("deliveries", 1)
-        payload["properties"]["deliveries"] = deliveries + 1
-        if deliveries >= DELIVERY_LIMIT:
-            application, _, _ = routing_key.rpartition(".")
-            routing_key = f"{application}.dead"
-        super()._do_restore_message(payload, "", routing_key, pipe, leftmost)
+        deliveries = int(payload["properties"]["deliveries"])
+        body = json.dumps({**payload, "properties": {**payload["properties"], "deliveries": deliveries + self.counts}})
+        if deliveries > self.delivery_limits.get(routing_key, 0) and self.counts:
+            pipe.lpush(self.dead_queue, body)
+            pipe.ltrim(self.dead_queue, 0, KEPT_MESSAGES - 1)
+        else:
+            (pipe.lpush if leftmost else pipe.rpush)(routing_key, body)
 
 
 class RedisTransport(kombu_redis.Transport):

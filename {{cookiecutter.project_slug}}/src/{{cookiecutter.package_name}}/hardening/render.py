@@ -2,7 +2,8 @@
 
 Guards against: rights at the broker that nobody reviewed. The files are committed: a wider right is a line in a diff.
 Rests on: RabbitMQ's permissions *and* topic permissions (write on an exchange alone would reach every queue bound to
-it), operator-declared queues (no account may declare), and Redis 7 ACLs with read-only keys.
+it), operator-declared queues (no account may declare), and Redis 7 ACLs with read-only keys and selectors. Redis knows
+no sender: whoever may push to a queue may push anything, which the gate judges.
 Controls: BRK-1, BRK-2, BRK-3, BRK-6, AUT-2.
 
 ``python -m <package>.hardening.render`` writes the files, ``--check`` only compares.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .topology import Caller, Pool, Topology
 
 DEFINITIONS = Path("deploy/rabbitmq/definitions.json")
 ACL = Path("deploy/redis/users.acl")
+BROKER_ACL = Path("deploy/redis/broker.acl")
 
 #: Bounds for what is kept for people to look at, and for what waits for its ETA; a flood must not fill the disk.
 QUARANTINE_BYTES = 64 * 1024 * 1024
@@ -238,6 +240,34 @@ def acl_text(topology: Topology) -> str:
     )
 
 
+def broker_acl_text(topology: Topology) -> str:
+    """The ACL file of a Redis that is the broker: a server of its own, so that no right reaches the results too."""
+    return "user default off resetpass resetkeys resetchannels -@all\n" + "".join(
+        " ".join((f"user {topology.account(role.name)} on resetpass resetkeys resetchannels -@all", *_broker_rules(topology, role))) + "\n"
+        for role in topology.accounts.values()
+    )
+
+
+def _broker_rules(topology: Topology, role: Pool | Caller) -> Iterator[str]:
+    """A selector for each kind of key: what may be done to one may not be done to another."""
+    yield _CONNECT
+    refused = (topology.quarantine, topology.dead)
+    if isinstance(role, Pool):
+        yield "+multi +exec +discard +unwatch"
+        # A message whose worker is gone is pushed back to where it came from.
+        yield _selector("+brpop +rpop +lpush +rpush", "~", (topology.broker_name(name) for name in role.queues))
+        yield _selector("+hset +hget +hdel +zadd +zrem +zrange +watch", "~", topology.held(role.name))
+        yield _selector("+lpush +ltrim", "%W~", refused)
+    if role.publishes_to:
+        yield _selector("+lpush", "%W~", (topology.broker_name(name) for name in role.publishes_to))
+    if role.name == "operator":
+        yield _selector("+llen +lrange +rpop", "~", refused)
+
+
+def _selector(commands: str, access: str, keys: Iterable[str]) -> str:
+    return f"({' '.join((commands, *(access + key for key in keys)))})"
+
+
 def _acl(topology: Topology, role: Pool | Caller) -> str:
     if not role.sends and not isinstance(role, Pool):
         return _CONNECT
@@ -256,7 +286,12 @@ def _namespace(caller: Caller) -> str:
 
 def rendered(topology: Topology) -> dict[Path, str]:
     """Every rendered file's text, by its path in the project."""
-    return {DEFINITIONS: definitions_text(topology), ACL: acl_text(topology)}
+    broker = (
+        {BROKER_ACL: broker_acl_text(topology)}
+        if topology.broker == "redis"
+        else {DEFINITIONS: definitions_text(topology)}
+    )
+    return {**broker, ACL: acl_text(topology)}
 
 
 def stale(project: Path) -> list[Path]:

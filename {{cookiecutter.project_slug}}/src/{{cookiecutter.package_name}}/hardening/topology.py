@@ -21,6 +21,8 @@ from .errors import ConfigurationRefused
 #: Roles of the SPIFFE ID that belong to one kind of stanza; under the other it would name somebody else.
 _CALLER_ROLES = frozenset({"client", "beat", "monitor", "operator"})
 _POOL_ROLES = frozenset({"worker"})
+#: What may carry the messages. Another one would have no intake and no rendered rights.
+_BROKERS = ("rabbitmq", "redis")
 #: Names that the application gives to its own two queues of refused and of failed messages.
 RESERVED_QUEUES = frozenset({"dead", "quarantine"})
 
@@ -78,6 +80,7 @@ class Topology:
     queues: tuple[Queue, ...]
     pools: Mapping[str, Pool]
     callers: Mapping[str, Caller]
+    broker: str = "rabbitmq"
 
     @classmethod
     def load(cls, path: Path) -> Topology:
@@ -127,6 +130,12 @@ class Topology:
         """The account of a pool or caller at broker and backend; also its client certificate's common name."""
         return f"{self.application}.{role}"
 
+    def held(self, pool: str) -> tuple[str, str]:
+        """On Redis, the keys of what a pool's workers hold and of when they last said so. Pools have different rights,
+        so no pool gives back what another one held.
+        """
+        return f"{self.application}:{pool}:unacked", f"{self.application}:{pool}:unacked_index"
+
     def broker_name(self, queue: str) -> str:
         """The broker's name of a queue that is called by either name; an unknown one is returned as it is."""
         return next((known.broker_name for known in self.queues if known.name == queue), queue)
@@ -149,7 +158,7 @@ class _Reader:
         return ConfigurationRefused(f"{self.file}: {where}", reason, fix, "config.topology")
 
     def topology(self, document: dict[str, Any]) -> Topology:
-        self.known_keys("top level", document, {"application", "queues", "pools", "callers"})
+        self.known_keys("top level", document, {"application", "broker", "queues", "pools", "callers"})
         application = document.get("application")
         if not isinstance(application, str) or not _APPLICATION.fullmatch(application):
             raise self.refuse(
@@ -157,6 +166,9 @@ class _Reader:
                 "is missing or not a name",
                 "write a lower-case letter, then up to 39 letters, digits or inner hyphens",
             )
+        broker = document.get("broker", "rabbitmq")
+        if broker not in _BROKERS:
+            raise self.refuse("broker", "is none that this project can use", f"write one of {', '.join(_BROKERS)}")
         queues = tuple(
             self.queue(application, name, stanza) for name, stanza in self.stanzas("queues", document, needed=True)
         )
@@ -171,7 +183,7 @@ class _Reader:
             raise self.refuse(
                 f"queues.{name}", "is consumed by no worker pool", "add it to a pool's queues or remove it"
             )
-        return Topology(application, queues, MappingProxyType(pools), MappingProxyType(callers))
+        return Topology(application, queues, MappingProxyType(pools), MappingProxyType(callers), broker)
 
     def queue(self, application: str, name: str, stanza: dict[str, Any]) -> Queue:
         where = f"queues.{name}"
