@@ -43,7 +43,8 @@ class Stack:
         app: the Celery application of the workers; the project's own if not given.
         topology: another topology file than the project's.
         definitions: changes the broker's definitions before they are loaded.
-        acl: more lines for the ACL file of the backend, and of a broker that is Redis; ``user NAME on resetpass ...`` gets a password of its own.
+        acl: more lines for the ACL file of the backend, and of a broker that is Redis; ``user NAME on resetpass ...``
+            gets a password of its own.
     """
 
     def __init__(

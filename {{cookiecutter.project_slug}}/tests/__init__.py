@@ -24,13 +24,15 @@ SELF = Account("tests", os.geteuid(), os.getegid(), switch=False)
 @contextmanager
 def throw_away() -> Iterator[None]:
     """Set the environment of a client whose broker does not exist, until the block ends."""
-    application = tomllib.loads((ROOT / "topology.toml").read_text(encoding="utf-8"))["application"]
+    topology = tomllib.loads((ROOT / "topology.toml").read_text(encoding="utf-8"))
+    application, scheme = topology["application"], {"rabbitmq": "amqps", "redis": "rediss"}[topology["broker"]]
     with tempfile.TemporaryDirectory() as folder:
         pki = Pki(Path(folder) / "pki", SELF)
         tls = pki.tls.client("client")
         signing = pki.signing.signer("client", f"spiffe://{application}.test/development/{application}/client")
         values = {
-            "BROKER_URL": "amqps://127.0.0.1:1/",
+            "BROKER_URL": f"{scheme}://127.0.0.1:1/",
+            "BROKER_PASSWORD_FILE": tls.key,
             "RESULT_BACKEND": "rediss://127.0.0.1:1/0",
             "RESULT_BACKEND_PASSWORD_FILE": tls.key,
             "TOPOLOGY": ROOT / "topology.toml",

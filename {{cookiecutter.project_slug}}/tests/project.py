@@ -6,6 +6,7 @@ with throw_away():
     from {{ cookiecutter.package_name }} import hardening
     from {{ cookiecutter.package_name }}.hardening import (
         audit,
+        brokers,
         canvas,
         claims,
         codec,
@@ -17,6 +18,7 @@ with throw_away():
         gate,
         identity,
         intake,
+        intake_redis,
         keys,
         ownership,
         policy,
@@ -36,6 +38,7 @@ with throw_away():
 __all__ = [
     "Settings",
     "audit",
+    "brokers",
     "canvas",
     "claims",
     "codec",
@@ -49,6 +52,7 @@ __all__ = [
     "hardening",
     "identity",
     "intake",
+    "intake_redis",
     "keys",
     "ownership",
     "policy",

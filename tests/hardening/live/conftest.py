@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from . import brokers
 from .running import Running
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "broker(name): about a promise that only this broker can make")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is about another broker than the project's."""
+    others = [item for item in items if any(mark.args != (brokers.NAME,) for mark in item.iter_markers("broker"))]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")

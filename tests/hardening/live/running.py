@@ -14,6 +14,7 @@ from stack import Stack
 from stack.worker import Worker
 
 from ...project import Settings
+from . import brokers
 from .everything import application, within
 
 ROOT = Path(__file__).parents[3]
@@ -30,8 +31,11 @@ class Running:
         self.effects = folder / "effects"
         self.effects.mkdir()
         self.effects.chmod(0o777)  # the workers are another user's
-        topology = Path(__file__).with_name("everything.toml")
+        topology = folder / "topology.toml"
+        rules = Path(__file__).with_name("everything.toml").read_text(encoding="utf-8")
+        topology.write_text(rules.replace('"rabbitmq"', f'"{brokers.NAME}"', 1), encoding="utf-8")
         self.stack = Stack(ROOT, folder / "stack", f"{TASKS}:app", topology=topology)
+        self.broker = brokers.of(self.stack)
         self.worker: Worker
 
     def up(self) -> None:
@@ -92,12 +96,9 @@ class Running:
         (self.effects / f"{key}.go").touch()
 
     def length(self, queue: str) -> int:
-        """Return how many messages a queue holds, delivered ones included."""
-        lines = self.stack.rabbitmqctl("list_queues", "-p", "everything", "name", "messages", "--no-table-headers")
-        return {name: int(count) for name, count in map(str.split, lines.splitlines())}[f"everything.{queue}"]
+        """Return how many messages a queue holds."""
+        return self.broker.length(queue)
 
     def waiting(self, queue: str) -> int:
         """Return how many messages of a queue are not delivered yet."""
-        with self.client.connection_for_write() as connection:
-            count: int = connection.default_channel.queue_declare(f"everything.{queue}", passive=True).message_count
-        return count
+        return self.broker.waiting(queue)

@@ -239,7 +239,7 @@ def test_the_memory_transport_refuses_compression_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["amqp://localhost", "pyamqp://localhost", "redis://localhost", "rediss://localhost", "filesystem://"]
+    "url", ["amqp://localhost", "pyamqp://localhost", "redis://localhost", "sentinel://localhost", "filesystem://"]
 )
 def test_a_transport_without_an_intake_is_refused(url: str) -> None:
     with pytest.raises(errors.ConfigurationRefused, match="there is no intake") as caught:

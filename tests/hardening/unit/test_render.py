@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,51 @@ def test_only_workers_write_results() -> None:
         root = rules[: next((index for index, rule in enumerate(rules) if rule.startswith("(")), None)]
         assert not {"+set", "+setex", "+del", "+publish", "+eval"} & set(root)
         assert not any(rule.startswith(("~", "%W", "%RW")) for rule in root)
+
+
+REDIS = replace(TOPOLOGY, broker="redis")
+
+
+def test_the_chosen_broker_is_rendered_and_no_other() -> None:
+    assert render.rendered(TOPOLOGY).keys() == {render.DEFINITIONS, render.ACL}
+    assert render.rendered(REDIS).keys() == {render.BROKER_ACL, render.ACL}
+
+
+def test_nobody_can_log_in_with_the_committed_broker_acl() -> None:
+    for line in render.broker_acl_text(REDIS).splitlines():
+        assert " resetpass resetkeys resetchannels -@all" in line
+        assert not re.search(r"nopass|[#>!]|allkeys|allcommands|allchannels|\+@|&|~\*", line)
+    assert render.broker_acl_text(REDIS).startswith("user default off ")
+
+
+def test_every_key_of_the_broker_is_named_in_full() -> None:
+    names = "default|dead|quarantine"
+    for key in re.findall(r"~([^ )]+)", render.broker_acl_text(REDIS)):
+        assert re.fullmatch(rf"{APPLICATION}(\.({names})|:worker:unacked(_index)?)", key)
+
+
+def test_a_pool_gives_back_to_its_own_queues_and_holds_under_its_own_names(tmp_path: Path) -> None:
+    (tmp_path / "topology.toml").write_text(
+        """
+application = "shop"
+broker = "redis"
+[queues.default]
+[queues.slow]
+[pools.worker]
+queues = ["default"]
+sends = ["shop.*"]
+sends_to = ["default", "slow"]
+[pools.heavy]
+queues = ["slow"]
+"""
+    )
+    lines = render.broker_acl_text(topology.Topology.load(tmp_path / "topology.toml")).splitlines()
+    worker, heavy = (line for line in lines if line.startswith(("user shop.worker ", "user shop.heavy ")))
+    assert "(+brpop +rpop +lpush +rpush ~shop.default)" in worker
+    assert "(+lpush %W~shop.default %W~shop.slow)" in worker
+    assert "shop.default" not in heavy
+    assert "shop:worker" not in heavy
+    assert "shop:heavy" not in worker
 
 
 def test_the_committed_files_are_what_the_topology_says() -> None:

@@ -166,7 +166,6 @@ def test_settings_cannot_be_changed_later(values: dict[str, Any], name: str) -> 
     [
         ("broker_url", "amqp://127.0.0.1"),
         ("broker_url", "redis://127.0.0.1"),
-        ("broker_url", "rediss://127.0.0.1"),
         ("broker_url", "memory://"),
         ("broker_url", "amqps://user:swordfish@127.0.0.1"),
         ("broker_url", "amqps://127.0.0.1;amqp://127.0.0.1"),
@@ -195,6 +194,23 @@ def test_no_environment_variable_widens_what_is_protected(
     assert getattr(Settings(**values), name) == before
     with pytest.raises(errors.ConfigurationRefused):
         Settings(**values, **{name: ["memory"]})
+
+
+def test_a_redis_brokers_password_comes_from_its_file_and_is_quoted(values: dict[str, Any], tmp_path: Path) -> None:
+    secret = tmp_path / "broker.password"
+    secret.write_text("p@ss:w/rd\n")
+    secret.chmod(0o600)
+    address = {"broker_url": "rediss://shop.client@127.0.0.1:1/0"}
+    settings = Settings(**{**values, **address}, broker_password_file=secret)
+    assert settings.broker_address() == "rediss://shop.client:p%40ss%3Aw%2Frd@127.0.0.1:1/0"
+    assert "p@ss" not in repr(settings)
+    with pytest.raises(errors.ConfigurationRefused, match="BROKER_PASSWORD_FILE: is not set"):
+        Settings(**{**values, **address}).broker_address()
+
+
+def test_another_broker_than_the_topologys_is_refused(values: dict[str, Any]) -> None:
+    refusal = _refused(values, broker_url="rediss://127.0.0.1")
+    assert (refusal.setting, refusal.code) == ("SECURE_CELERY_BROKER_URL", "config.topology")
 
 
 def test_the_backends_password_comes_from_its_file_and_is_quoted(values: dict[str, Any]) -> None:

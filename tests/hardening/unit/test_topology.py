@@ -74,6 +74,8 @@ def test_the_topology_cannot_be_changed(tmp_path: Path) -> None:
         ('application = "shop"', "application = 7", "application"),
         ('application = "shop"', 'application = "shop"\nallow_all = true', "top level"),
         ("[queues.default]\n[queues.slow]\ndelivery_limit = 2\nmax_length_bytes = 1000000", "", "queues"),
+        ('application = "shop"', 'application = "shop"\nbroker = "kafka"', "broker"),
+        ('application = "shop"', 'application = "shop"\nbroker = ["redis"]', "broker"),
         ("[queues.default]", "[queues.default]\nexclusive = true", "queues.default"),
         ("[queues.default]", "[queues.default]\n[queues.dead]", "queues.dead"),
         ("[queues.default]", "[queues.default]\n[queues.quarantine]", "queues.quarantine"),

@@ -1,0 +1,180 @@
+"""RabbitMQ as the stack runs it: what it listens to, its limits, and who may do what, account by account."""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import amqp
+import pytest
+
+from stack import Stack, StackFailed
+
+from ..service import ROOT
+
+DELAYED = "0." * 27 + "1."
+
+
+def test_the_broker_has_no_plain_listener_and_no_other_login(servers: Stack) -> None:
+    listeners = json.loads(servers.rabbitmqctl("status", "--formatter", "json"))["listeners"]
+    assert {listener["protocol"] for listener in listeners} == {"amqp/ssl", "clustering"}
+    assert servers.rabbitmqctl("eval", "application:get_env(rabbit, auth_mechanisms).").strip() == "{ok,['EXTERNAL']}"
+    plugins = servers.rabbitmqctl("eval", "rabbit_plugins:active().").strip()
+    assert plugins == "[rabbitmq_auth_mechanism_ssl]"
+
+
+def test_the_broker_has_no_account_but_the_topologys(servers: Stack) -> None:
+    users = json.loads(servers.rabbitmqctl("list_users", "--formatter", "json"))
+    assert {user["user"] for user in users} == {servers.topology.account(role) for role in servers.topology.accounts}
+    assert all(not user["tags"] for user in users)
+
+
+def test_the_brokers_limits_are_in_force(servers: Stack, application: str) -> None:
+    for name in ("max_message_size", "connection_max", "channel_max", "consumer_timeout"):
+        [configured] = re.findall(
+            rf"^{name}\s*=\s*(\d+)$", (ROOT / "deploy/rabbitmq/rabbitmq.conf").read_text(), re.MULTILINE
+        )
+        assert servers.rabbitmqctl("eval", f"application:get_env(rabbit, {name}).").strip() == f"{{ok,{configured}}}"
+    limits = json.loads(
+        servers.rabbitmqctl("list_user_limits", "--user", f"{application}.client", "--formatter", "json")
+    )
+    assert "max-connections" in str(limits)
+    queues = servers.rabbitmqctl("-p", application, "list_queues", "name", "policy", "--formatter", "json")
+    bounded = {queue["name"] for queue in json.loads(queues) if queue["policy"] == "delayed-length"}
+    assert bounded == {f"celery_delayed_{level}" for level in range(28)}
+
+
+def test_definitions_that_the_broker_does_not_load_are_noticed(temporary: Path) -> None:
+    def wrong_argument(definitions: dict[str, Any]) -> dict[str, Any]:
+        definitions["queues"][0]["arguments"]["x-max-length-bytes"] = "many"
+        return definitions
+
+    # RabbitMQ 3.10 starts with half of them and says nothing; 4.0 does not start.
+    with pytest.raises(StackFailed, match=r"did not load all of its definitions|rabbitmq ended"):
+        Stack(ROOT, temporary / "half", definitions=wrong_argument).up(worker=False)
+
+
+# -- who may do what at the broker ------------------------------------------------------------------------------------
+
+
+def login(stack: Stack, role: str, authority: Stack | None = None, **options: Any) -> amqp.Connection:
+    """Log in to the broker with the certificate of a role, perhaps of another stack."""
+    environment, own = (authority or stack).environment(role), stack.environment(role)
+    host, vhost = own["SECURE_CELERY_BROKER_URL"].removeprefix("amqps://").split("/")
+    connection = amqp.Connection(
+        host,
+        virtual_host=vhost,
+        confirm_publish=True,
+        connect_timeout=10,
+        read_timeout=10,
+        ssl={
+            "ca_certs": own["SECURE_CELERY_TLS_CA"],
+            "certfile": environment["SECURE_CELERY_TLS_CERTIFICATE"],
+            "keyfile": environment["SECURE_CELERY_TLS_KEY"],
+            "cert_reqs": ssl.CERT_REQUIRED,
+            "server_hostname": "127.0.0.1",
+        },
+        **{"login_method": "EXTERNAL", **options},
+    )
+    connection.connect()
+    return connection
+
+
+def publish(exchange: str, key: str) -> Callable[[Any, str], None]:
+    def act(channel: Any, application: str) -> None:
+        name, routing_key = exchange.format(application), key.format(application)
+        channel.basic_publish_confirm(amqp.Message("spot check"), name, routing_key, mandatory=True, confirm_timeout=10)
+
+    return act
+
+
+def read(queue: str) -> Callable[[Any, str], None]:
+    return lambda channel, application: channel.basic_get(queue.format(application), no_ack=True)
+
+
+ACTIONS: dict[str, Callable[[Any, str], None]] = {
+    "send": publish("{}", "{}.default"),
+    "send later": publish("celery_delayed_27", DELAYED + "{}.default"),
+    "quarantine": publish("{}", "{}.quarantine"),
+    "quarantine later": publish("celery_delayed_27", DELAYED + "{}.quarantine"),
+    "dead-letter": publish("{}", "{}.dead"),
+    "other key": publish("{}", "other.default"),
+    "skip levels of delay": publish("celery_delayed_26", DELAYED + "{}.default"),
+    "deliver delayed": publish("celery_delayed_delivery", "{}.default"),
+    "default exchange": publish("", "{}.default"),
+    "built-in exchange": publish("amq.topic", "{}.default"),
+    "consume": lambda channel, application: channel.basic_consume(f"{application}.default"),
+    "read": read("{}.default"),
+    "read dead": read("{}.dead"),
+    "read quarantine": read("{}.quarantine"),
+    "read delayed": read("celery_delayed_27"),
+    "purge": lambda channel, application: channel.queue_purge(f"{application}.default"),
+    "delete": lambda channel, application: channel.queue_delete(f"{application}.default"),
+    "declare queue": lambda channel, application: channel.queue_declare("mine"),
+    "declare queue named newline": lambda channel, application: channel.queue_declare("\n"),
+    "declare unnamed queue": lambda channel, application: channel.queue_declare(""),
+    "declare exchange": lambda channel, application: channel.exchange_declare("mine", "topic"),
+    "delete exchange": lambda channel, application: channel.exchange_delete(application),
+    "bind": lambda channel, application: channel.queue_bind(
+        f"{application}.dead", application, f"{application}.default"
+    ),
+    "bind exchange": lambda channel, application: channel.exchange_bind(application, "amq.topic", "#"),
+}
+SENDER = {"send", "send later"}
+MAY = {
+    "client": SENDER,
+    "beat": SENDER,
+    # Who may read a queue may also empty it.
+    "worker": SENDER | {"quarantine", "consume", "read", "purge"},
+    "operator": SENDER | {"read dead", "read quarantine"},
+    "monitor": set(),
+}
+
+
+@pytest.mark.parametrize("role", MAY)
+def test_an_account_may_do_exactly_this(servers: Stack, application: str, role: str) -> None:
+    done = set()
+    with login(servers, role) as connection:
+        for name, act in ACTIONS.items():
+            channel = connection.channel()
+            try:
+                act(channel, application)
+            except amqp.AccessRefused:  # which closes the channel
+                continue
+            channel.close()
+            done.add(name)
+    assert done == MAY[role]
+
+
+def test_a_message_too_large_is_refused(servers: Stack, application: str) -> None:
+    with login(servers, "client") as connection:
+        channel = connection.channel()
+        with pytest.raises(amqp.PreconditionFailed):
+            channel.basic_publish_confirm(
+                amqp.Message("x" * (4 * 1024 * 1024 + 1)), application, f"{application}.default"
+            )
+
+
+def test_a_password_is_no_way_in(servers: Stack, application: str) -> None:
+    for name, password in (("guest", "guest"), (f"{application}.worker", "")):
+        with pytest.raises((amqp.AccessRefused, amqp.ConnectionError, ConnectionError, OSError)):
+            login(servers, "client", login_method="PLAIN", userid=name, password=password)
+
+
+def test_the_certificate_is_the_account(servers: Stack) -> None:
+    pair = servers.pki.tls.client("stranger")
+    own = servers.environment("client")
+    servers.environment = lambda role: {  # type: ignore[method-assign]
+        **own,
+        "SECURE_CELERY_TLS_CERTIFICATE": str(pair.certificate),
+        "SECURE_CELERY_TLS_KEY": str(pair.key),
+    }
+    try:
+        with pytest.raises((amqp.AccessRefused, amqp.ConnectionError, ConnectionError, OSError)):
+            login(servers, "client")
+    finally:
+        del servers.environment

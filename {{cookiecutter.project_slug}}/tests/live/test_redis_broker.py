@@ -1,0 +1,150 @@
+"""Redis as the broker, as the stack runs it: its configuration, and who may do what, account by account."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from stack import Stack
+
+from .test_stack import backend
+
+
+def broker(stack: Stack, role: str, **options: Any) -> redis.Redis:
+    """Connect to the broker as a role."""
+    own = stack.environment(role)
+    url = urlsplit(own["SECURE_CELERY_BROKER_URL"])
+    password = Path(own["SECURE_CELERY_BROKER_PASSWORD_FILE"]).read_text()
+    return backend(stack, role, **{"port": url.port, "username": url.username, "password": password, **options})
+
+
+def test_the_configuration_is_in_force(servers: Stack) -> None:
+    expected = {
+        "port": "0",
+        "bind": "127.0.0.1",
+        "tls-auth-clients": "yes",
+        "tls-protocols": "TLSv1.2 TLSv1.3",
+        "maxmemory": str(1024 * 1024 * 1024),
+        "maxmemory-policy": "noeviction",
+        "maxclients": "1024",
+        "proto-max-bulk-len": str(4 * 1024 * 1024),
+        "enable-debug-command": "no",
+        "enable-module-command": "no",
+        "enable-protected-configs": "no",
+        "appendonly": "yes",
+        "appendfsync": "always",
+    }
+    for name, value in expected.items():
+        assert servers.redis_broker("CONFIG", "GET", name) == f"{name}\n{value}"
+    default = servers.redis_broker("ACL", "GETUSER", "default").splitlines()
+    assert {"off", "-@all"} <= set(default)
+
+
+def test_there_is_no_account_but_the_topologys(servers: Stack) -> None:
+    accounts = {servers.topology.account(role) for role in servers.topology.accounts}
+    assert set(servers.redis_broker("ACL", "USERS").splitlines()) == accounts | {"default", "stack-administrator"}
+
+
+# `{0}` is the application. What is read and what is taken away comes before it is written anew.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "send": ("LPUSH", "{0}.default", "spot check"),
+    "give back": ("RPUSH", "{0}.default", "spot check"),
+    "take": ("RPOP", "{0}.default"),
+    "consume": ("BRPOP", "{0}.default", "0.01"),
+    "look at a queue": ("LRANGE", "{0}.default", "0", "-1"),
+    "change a queue": ("LSET", "{0}.default", "0", "forged"),
+    "shorten a queue": ("LTRIM", "{0}.default", "0", "0"),
+    "remove from a queue": ("LREM", "{0}.default", "0", "spot check"),
+    "delete a queue": ("DEL", "{0}.default"),
+    "expire a queue": ("EXPIRE", "{0}.default", "1"),
+    "move a message": ("LMOVE", "{0}.default", "{0}.dead", "RIGHT", "LEFT"),
+    "send with a priority": ("LPUSH", "{0}.default\x06\x163", "spot check"),
+    "quarantine": ("LPUSH", "{0}.quarantine", "spot check"),
+    "bound the quarantine": ("LTRIM", "{0}.quarantine", "0", "9"),
+    "dead-letter": ("LPUSH", "{0}.dead", "spot check"),
+    "count the quarantine": ("LLEN", "{0}.quarantine"),
+    "read the quarantine": ("LRANGE", "{0}.quarantine", "0", "-1"),
+    "read the dead letters": ("LRANGE", "{0}.dead", "0", "-1"),
+    "empty the quarantine": ("RPOP", "{0}.quarantine"),
+    "empty the dead letters": ("RPOP", "{0}.dead"),
+    "delete the quarantine": ("DEL", "{0}.quarantine"),
+    "hold": ("HSET", "{0}:worker:unacked", "tag", "spot check"),
+    "see what is held": ("HGET", "{0}:worker:unacked", "tag"),
+    "see all that is held": ("HGETALL", "{0}:worker:unacked"),
+    "let go": ("HDEL", "{0}:worker:unacked", "tag"),
+    "say when": ("ZADD", "{0}:worker:unacked_index", "1", "tag"),
+    "see when": ("ZRANGE", "{0}:worker:unacked_index", "0", "-1"),
+    "forget when": ("ZREM", "{0}:worker:unacked_index", "tag"),
+    "hold for another pool": ("HSET", "{0}:other:unacked", "tag", "spot check"),
+    "delete what is held": ("DEL", "{0}:worker:unacked"),
+    "send to another application": ("LPUSH", "other.default", "spot check"),
+    "consume another application": ("BRPOP", "other.default", "0.01"),
+    "write anything": ("SET", "{0}:mine", "1"),
+    "bind": ("SADD", "_kombu.binding.{0}", "x"),
+    "broadcast": ("PUBLISH", "/0.celery.pidbox", "x"),
+    "listen": ("SUBSCRIBE", "/0.celery.pidbox"),
+    "listen to all": ("PSUBSCRIBE", "*"),
+    "list": ("KEYS", "*"),
+    "scan": ("SCAN", "0"),
+    "run script": ("EVAL", "return 1", "0"),
+    "load script": ("SCRIPT", "LOAD", "return 1"),
+    "configure": ("CONFIG", "GET", "*"),
+    "accounts": ("ACL", "LIST"),
+    "flush": ("FLUSHALL",),
+    "monitor": ("MONITOR",),
+    "debug": ("DEBUG", "SLEEP", "0"),
+    "clients": ("CLIENT", "LIST"),
+    "replicate": ("REPLICAOF", "127.0.0.1", "1"),
+    "save": ("SAVE",),
+    "rewrite": ("BGREWRITEAOF",),
+    "shut down": ("SHUTDOWN", "NOSAVE"),
+    "load module": ("MODULE", "LOAD", "/tmp/x.so"),
+    "information": ("INFO",),
+    "dump": ("DUMP", "{0}.default"),
+    "rename": ("RENAME", "{0}.default", "{0}.dead"),
+    "another database": ("SELECT", "1"),
+}
+WORKER = {
+    *("send", "give back", "take", "consume", "quarantine", "bound the quarantine", "dead-letter"),
+    *("hold", "see what is held", "let go", "say when", "see when", "forget when"),
+}
+OPERATOR = {name for name in COMMANDS if re.match("(count|read|empty) the", name)}
+MAY = {"client": {"send"}, "beat": {"send"}, "worker": WORKER, "operator": {"send"} | OPERATOR, "monitor": set()}
+
+
+@pytest.mark.parametrize("role", MAY)
+def test_an_account_may_use_exactly_these_commands(servers: Stack, application: str, role: str) -> None:
+    done = set()
+    for name, command in COMMANDS.items():
+        with broker(servers, role) as client:
+            assert client.ping()
+            try:
+                client.execute_command(*(word.format(application) for word in command))
+            except redis.ResponseError as error:
+                if not re.search("NOPERM|permission|not allowed|can't access", str(error)):
+                    raise
+                continue
+            done.add(name)
+    assert done == MAY[role]
+
+
+@pytest.mark.parametrize(
+    "login", [{"username": None, "password": None}, {"password": "guess"}, {"username": "default"}]
+)
+def test_the_broker_wants_the_accounts_own_password(servers: Stack, login: dict[str, Any]) -> None:
+    with pytest.raises((redis.AuthenticationError, redis.ResponseError)), broker(servers, "client", **login) as client:
+        client.ping()
+
+
+def test_a_password_is_for_one_role_and_one_server(servers: Stack, application: str) -> None:
+    for client in (
+        broker(servers, "client", username=f"{application}.worker"),
+        broker(servers, "client", port=backend(servers, "client").connection_pool.connection_kwargs["port"]),
+    ):
+        with pytest.raises(redis.AuthenticationError), client:
+            client.ping()

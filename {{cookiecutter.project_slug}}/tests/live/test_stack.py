@@ -5,7 +5,6 @@ The servers run the files of ``deploy/``: what holds here of listeners, certific
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,11 +13,9 @@ import ssl
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import amqp
 import pytest
 import redis
 from redis.backoff import NoBackoff
@@ -29,23 +26,27 @@ from stack.account import Account
 from stack.ports import free_ports
 from stack.process import Process, start, wait_until
 
+from ..project import topology
 from ..service import ROOT
 
-DELAYED = "0." * 27 + "1."
-
-
-@pytest.fixture(scope="module")
-def servers(temporary: Path) -> Iterator[Stack]:
-    """Broker and backend alone: these tests put messages into queues that no worker may see."""
-    stack = Stack(ROOT, temporary / "servers")
-    stack.up(worker=False)
-    yield stack
-    stack.down()
-
-
-@pytest.fixture
-def application(servers: Stack) -> str:
-    return str(servers.topology.application)
+#: Where each server listens, what it answers first, and what is said when its port is taken.
+PORTS: dict[str, list[str]] = {
+    "rabbitmq": [
+        "rabbitmq does not listen on port {}; see ",
+        r"redis ended; the last lines of \S+:\n.*Failed listening on port {}",
+        r"rabbitmq ended; the last lines of \S+:\n",
+        r"rabbitmq ended; the last lines of \S+:\n",
+    ],
+    "redis": [
+        r"redis-broker ended; the last lines of \S+:\n.*Failed listening on port {}",
+        r"redis ended; the last lines of \S+:\n.*Failed listening on port {}",
+    ],
+}
+GREETINGS = {
+    "rabbitmq": [("rabbitmq", b"AMQP\x00\x00\x09\x01"), ("redis", b"PING\r\n")],
+    "redis": [("redis-broker", b"PING\r\n"), ("redis", b"PING\r\n")],
+}
+BROKER = topology.Topology.load(ROOT / "topology.toml").broker
 
 
 def family(stack: Stack) -> set[tuple[int, int]]:
@@ -90,7 +91,7 @@ def test_down_leaves_no_process_no_port_and_no_key(temporary: Path) -> None:
     stack.up(worker=False)
     started = family(stack)
     ports = {port for _, port in listening({pid for pid, _ in started}, ("tcp",))}
-    assert len(ports) == 4  # amqps, rediss, Erlang's distribution, epmd
+    assert len(ports) == len(PORTS[BROKER])
     stack.down()
     assert running(started) == []
     for port in ports:
@@ -126,23 +127,17 @@ def test_two_stacks_at_once_do_not_meet(servers: Stack, temporary: Path) -> None
     other.up(worker=False)
     try:
         assert not {port for _, port in other.status()} & {port for _, port in servers.status()}
-        with pytest.raises(ssl.SSLError):
-            login(servers, "client", authority=other)
+        own = other.environment("client")
+        files = {"ssl_certfile": own["SECURE_CELERY_TLS_CERTIFICATE"], "ssl_keyfile": own["SECURE_CELERY_TLS_KEY"]}
+        with pytest.raises(redis.ConnectionError), backend(servers, "client", **files) as client:
+            client.ping()
     finally:
         other.down()
     assert all(process.alive() for process, _ in servers.status())
-    login(servers, "client").close()
+    assert backend(servers, "client").ping()
 
 
-@pytest.mark.parametrize(
-    ("index", "why"),
-    [
-        (0, "rabbitmq does not listen on port {}; see "),
-        (1, r"redis ended; the last lines of \S+:\n.*Failed listening on port {}"),
-        (2, r"rabbitmq ended; the last lines of \S+:\n"),
-        (3, r"rabbitmq ended; the last lines of \S+:\n"),
-    ],
-)
+@pytest.mark.parametrize(("index", "why"), enumerate(PORTS[BROKER]))
 def test_a_port_that_is_taken_is_told_and_nothing_is_left(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, index: int, why: str
 ) -> None:
@@ -153,23 +148,13 @@ def test_a_port_that_is_taken_is_told_and_nothing_is_left(
     with socket.socket() as squatter:
         squatter.bind(("127.0.0.1", 0))
         taken = squatter.getsockname()[1]
-        ports = [*free_ports(3)]
+        ports = [*free_ports(len(PORTS[BROKER]) - 1)]
         monkeypatch.setattr("stack.stack.free_ports", lambda _: [*ports[:index], taken, *ports[index:]])
         with pytest.raises(StackFailed, match="(?s)" + why.format(taken)):
             stack.up(worker=False)
     assert seen
     assert running(seen) == []
     assert not list(stack.folder.glob("*.env"))
-
-
-def test_definitions_that_the_broker_does_not_load_are_noticed(temporary: Path) -> None:
-    def wrong_argument(definitions: dict[str, Any]) -> dict[str, Any]:
-        definitions["queues"][0]["arguments"]["x-max-length-bytes"] = "many"
-        return definitions
-
-    # RabbitMQ 3.10 starts with half of them and says nothing; 4.0 does not start.
-    with pytest.raises(StackFailed, match=r"did not load all of its definitions|rabbitmq ended"):
-        Stack(ROOT, temporary / "half", definitions=wrong_argument).up(worker=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -253,7 +238,7 @@ def test_environment_files_are_read_alike_by_shell_docker_and_systemd(servers: S
 
 
 def test_environment_files_hold_no_secret(servers: Stack) -> None:
-    passwords = [file.read_text() for file in servers.folder.glob("redis/*.password")]
+    passwords = [file.read_text() for file in servers.folder.glob("redis*/*.password")]
     assert len(set(passwords)) == len(passwords) >= 6
     for file in servers.folder.glob("*.env"):
         assert not any(password in file.read_text() for password in passwords)
@@ -267,35 +252,6 @@ def test_everything_listens_on_loopback_only(servers: Stack) -> None:
     found = listening({pid for pid, _ in family(servers)})
     assert {port for _, port in found} >= {port for _, port in servers.status()}
     assert {address for address, _ in found} <= loopback
-
-
-def test_the_broker_has_no_plain_listener_and_no_other_login(servers: Stack) -> None:
-    listeners = json.loads(servers.rabbitmqctl("status", "--formatter", "json"))["listeners"]
-    assert {listener["protocol"] for listener in listeners} == {"amqp/ssl", "clustering"}
-    assert servers.rabbitmqctl("eval", "application:get_env(rabbit, auth_mechanisms).").strip() == "{ok,['EXTERNAL']}"
-    plugins = servers.rabbitmqctl("eval", "rabbit_plugins:active().").strip()
-    assert plugins == "[rabbitmq_auth_mechanism_ssl]"
-
-
-def test_the_broker_has_no_account_but_the_topologys(servers: Stack) -> None:
-    users = json.loads(servers.rabbitmqctl("list_users", "--formatter", "json"))
-    assert {user["user"] for user in users} == {servers.topology.account(role) for role in servers.topology.accounts}
-    assert all(not user["tags"] for user in users)
-
-
-def test_the_brokers_limits_are_in_force(servers: Stack, application: str) -> None:
-    for name in ("max_message_size", "connection_max", "channel_max", "consumer_timeout"):
-        [configured] = re.findall(
-            rf"^{name}\s*=\s*(\d+)$", (ROOT / "deploy/rabbitmq/rabbitmq.conf").read_text(), re.MULTILINE
-        )
-        assert servers.rabbitmqctl("eval", f"application:get_env(rabbit, {name}).").strip() == f"{{ok,{configured}}}"
-    limits = json.loads(
-        servers.rabbitmqctl("list_user_limits", "--user", f"{application}.client", "--formatter", "json")
-    )
-    assert "max-connections" in str(limits)
-    queues = servers.rabbitmqctl("-p", application, "list_queues", "name", "policy", "--formatter", "json")
-    bounded = {queue["name"] for queue in json.loads(queues) if queue["policy"] == "delayed-length"}
-    assert bounded == {f"celery_delayed_{level}" for level in range(28)}
 
 
 def test_the_backends_configuration_is_in_force(servers: Stack) -> None:
@@ -326,7 +282,7 @@ def handshake(port: int, context: ssl.SSLContext, first: bytes) -> bytes:
         return tls.recv(64)
 
 
-@pytest.mark.parametrize(("name", "first"), [("rabbitmq", b"AMQP\x00\x00\x09\x01"), ("redis", b"PING\r\n")])
+@pytest.mark.parametrize(("name", "first"), GREETINGS[BROKER])
 def test_no_certificate_a_foreign_one_and_old_tls_are_refused(servers: Stack, name: str, first: bytes) -> None:
     port = {process.name: port for process, port in servers.status()}[name]
     assert port
@@ -356,128 +312,6 @@ def test_no_certificate_a_foreign_one_and_old_tls_are_refused(servers: Stack, na
         except ConnectionResetError:
             answer = b""
     assert not answer or answer[0] == 21  # nothing, or a TLS alert
-
-
-# -- who may do what at the broker ------------------------------------------------------------------------------------
-
-
-def login(stack: Stack, role: str, authority: Stack | None = None, **options: Any) -> amqp.Connection:
-    """Log in to the broker with the certificate of a role, perhaps of another stack."""
-    environment, own = (authority or stack).environment(role), stack.environment(role)
-    host, vhost = own["SECURE_CELERY_BROKER_URL"].removeprefix("amqps://").split("/")
-    connection = amqp.Connection(
-        host,
-        virtual_host=vhost,
-        confirm_publish=True,
-        connect_timeout=10,
-        read_timeout=10,
-        ssl={
-            "ca_certs": own["SECURE_CELERY_TLS_CA"],
-            "certfile": environment["SECURE_CELERY_TLS_CERTIFICATE"],
-            "keyfile": environment["SECURE_CELERY_TLS_KEY"],
-            "cert_reqs": ssl.CERT_REQUIRED,
-            "server_hostname": "127.0.0.1",
-        },
-        **{"login_method": "EXTERNAL", **options},
-    )
-    connection.connect()
-    return connection
-
-
-def publish(exchange: str, key: str) -> Callable[[Any, str], None]:
-    def act(channel: Any, application: str) -> None:
-        name, routing_key = exchange.format(application), key.format(application)
-        channel.basic_publish_confirm(amqp.Message("spot check"), name, routing_key, mandatory=True, confirm_timeout=10)
-
-    return act
-
-
-def read(queue: str) -> Callable[[Any, str], None]:
-    return lambda channel, application: channel.basic_get(queue.format(application), no_ack=True)
-
-
-ACTIONS: dict[str, Callable[[Any, str], None]] = {
-    "send": publish("{}", "{}.default"),
-    "send later": publish("celery_delayed_27", DELAYED + "{}.default"),
-    "quarantine": publish("{}", "{}.quarantine"),
-    "quarantine later": publish("celery_delayed_27", DELAYED + "{}.quarantine"),
-    "dead-letter": publish("{}", "{}.dead"),
-    "other key": publish("{}", "other.default"),
-    "skip levels of delay": publish("celery_delayed_26", DELAYED + "{}.default"),
-    "deliver delayed": publish("celery_delayed_delivery", "{}.default"),
-    "default exchange": publish("", "{}.default"),
-    "built-in exchange": publish("amq.topic", "{}.default"),
-    "consume": lambda channel, application: channel.basic_consume(f"{application}.default"),
-    "read": read("{}.default"),
-    "read dead": read("{}.dead"),
-    "read quarantine": read("{}.quarantine"),
-    "read delayed": read("celery_delayed_27"),
-    "purge": lambda channel, application: channel.queue_purge(f"{application}.default"),
-    "delete": lambda channel, application: channel.queue_delete(f"{application}.default"),
-    "declare queue": lambda channel, application: channel.queue_declare("mine"),
-    "declare queue named newline": lambda channel, application: channel.queue_declare("\n"),
-    "declare unnamed queue": lambda channel, application: channel.queue_declare(""),
-    "declare exchange": lambda channel, application: channel.exchange_declare("mine", "topic"),
-    "delete exchange": lambda channel, application: channel.exchange_delete(application),
-    "bind": lambda channel, application: channel.queue_bind(
-        f"{application}.dead", application, f"{application}.default"
-    ),
-    "bind exchange": lambda channel, application: channel.exchange_bind(application, "amq.topic", "#"),
-}
-SENDER = {"send", "send later"}
-MAY = {
-    "client": SENDER,
-    "beat": SENDER,
-    # Who may read a queue may also empty it.
-    "worker": SENDER | {"quarantine", "consume", "read", "purge"},
-    "operator": SENDER | {"read dead", "read quarantine"},
-    "monitor": set(),
-}
-
-
-@pytest.mark.parametrize("role", MAY)
-def test_an_account_may_do_exactly_this(servers: Stack, application: str, role: str) -> None:
-    done = set()
-    with login(servers, role) as connection:
-        for name, act in ACTIONS.items():
-            channel = connection.channel()
-            try:
-                act(channel, application)
-            except amqp.AccessRefused:  # which closes the channel
-                continue
-            channel.close()
-            done.add(name)
-    assert done == MAY[role]
-
-
-def test_a_message_too_large_is_refused(servers: Stack, application: str) -> None:
-    with login(servers, "client") as connection:
-        channel = connection.channel()
-        with pytest.raises(amqp.PreconditionFailed):
-            channel.basic_publish_confirm(
-                amqp.Message("x" * (4 * 1024 * 1024 + 1)), application, f"{application}.default"
-            )
-
-
-def test_a_password_is_no_way_in(servers: Stack, application: str) -> None:
-    for name, password in (("guest", "guest"), (f"{application}.worker", "")):
-        with pytest.raises((amqp.AccessRefused, amqp.ConnectionError, ConnectionError, OSError)):
-            login(servers, "client", login_method="PLAIN", userid=name, password=password)
-
-
-def test_the_certificate_is_the_account(servers: Stack) -> None:
-    pair = servers.pki.tls.client("stranger")
-    own = servers.environment("client")
-    servers.environment = lambda role: {  # type: ignore[method-assign]
-        **own,
-        "SECURE_CELERY_TLS_CERTIFICATE": str(pair.certificate),
-        "SECURE_CELERY_TLS_KEY": str(pair.key),
-    }
-    try:
-        with pytest.raises((amqp.AccessRefused, amqp.ConnectionError, ConnectionError, OSError)):
-            login(servers, "client")
-    finally:
-        del servers.environment
 
 
 # -- who may do what at the backend -----------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 Guards against: a pushed ``garbage`` or ``[1]`` that ends the worker while it is parsed; a delivery tag, routing key or
 redelivered flag that the sender chose, which would acknowledge another message or send a retry elsewhere; a broken
 entry in the shared ``unacked`` hash that ends every worker that tries to restore it.
-``unacked`` and its index are the pool's own (see ``topology.py``). kombu's lock around them is left out: it would stay for
-five minutes when its holder is killed, and each transaction watches what it changes anyway.
 Rests on: every popped item being rebuilt here before kombu sees it. Redis cannot say who pushed it, so nothing of it is
 believed but its body and content type, which the gate judges.
 Controls: INT-1, SER-3, BRK-2, TLS-1.
@@ -54,9 +52,9 @@ def rebuild(item: bytes, queue: str) -> dict[str, Any]:
         body = message["body"].encode("utf-8")
         if theirs.get("body_encoding") == "base64":
             body = base64.b64decode(body, validate=True)
-        for name, most in (("priority", 9), ("deliveries", _MANY)):
+        for name, least, most in (("priority", 0, 9), ("deliveries", 1, _MANY)):
             if isinstance(theirs.get(name), int):
-                properties[name] = max(0, min(int(theirs[name]), most))
+                properties[name] = max(least, min(int(theirs[name]), most))
         content_type, content_encoding = message.get("content-type"), message.get("content-encoding")
         compressed = bool(message.get("headers") and message["headers"].get("compression"))
         if not isinstance(content_type, str | None) or not isinstance(content_encoding, str | None):
@@ -83,7 +81,7 @@ class RedisMessage(kombu_redis.Channel.Message):
         """Build it from what :func:`rebuild` made."""
         self.unparsed = base64.b64decode(payload["properties"].get(_UNPARSED, ""))
         headers = dict(payload["headers"])
-        self.refusal = Unparseable() if self.unparsed else strip_compression(headers)
+        self.refusal = Unparseable() if _UNPARSED in payload["properties"] else strip_compression(headers)
         super().__init__({**payload, "headers": headers}, channel=channel, **kwargs)
         self._raw = payload
 
@@ -98,7 +96,11 @@ class _Client(redis.Redis):
 
 
 class _QoS(kombu_redis.QoS):
-    """Keeps this worker's unacknowledged messages its own while it lives, so that a short timeout is enough."""
+    """Keeps this worker's unacknowledged messages its own while it lives, so that a short timeout is enough.
+
+    kombu's lock around the search for lost ones is left out: when its holder is killed it stays for five minutes, and
+    each transaction watches what it changes anyway.
+    """
 
     def restore_visible(self, start: int = 0, num: int | None = None, interval: int = 0) -> None:
         now = time.time()
@@ -129,7 +131,7 @@ class _QoS(kombu_redis.QoS):
 class _Channel(kombu_redis.Channel):
     Message = RedisMessage
     QoS = _QoS
-    connection_class_ssl = VerifiedSSLConnection
+    connection_class = connection_class_ssl = VerifiedSSLConnection
     from_transport_options = (
         *kombu_redis.Channel.from_transport_options,
         "dead_queue",

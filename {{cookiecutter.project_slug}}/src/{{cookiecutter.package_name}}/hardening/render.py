@@ -243,8 +243,9 @@ def acl_text(topology: Topology) -> str:
 def broker_acl_text(topology: Topology) -> str:
     """The ACL file of a Redis that is the broker: a server of its own, so that no right reaches the results too."""
     return "user default off resetpass resetkeys resetchannels -@all\n" + "".join(
-        " ".join((f"user {topology.account(role.name)} on resetpass resetkeys resetchannels -@all", *_broker_rules(topology, role))) + "\n"
+        f"user {topology.account(role.name)} on resetpass resetkeys resetchannels -@all {rules}\n"
         for role in topology.accounts.values()
+        for rules in (" ".join(_broker_rules(topology, role)),)
     )
 
 

@@ -131,8 +131,9 @@ class Topology:
         return f"{self.application}.{role}"
 
     def held(self, pool: str) -> tuple[str, str]:
-        """On Redis, the keys of what a pool's workers hold and of when they last said so. Pools have different rights,
-        so no pool gives back what another one held.
+        """On Redis, the keys of what a pool's workers hold and of when they last said so.
+
+        Pools have different rights, so no pool gives back what another one held.
         """
         return f"{self.application}:{pool}:unacked", f"{self.application}:{pool}:unacked_index"
 
