@@ -78,7 +78,7 @@ class Stack:
         return self._pki
 
     def up(self, *, worker: bool = True) -> None:
-        """Start what is not running yet.
+        """Start what is not running yet: the servers, and a worker for each pool.
 
         Raises:
             StackFailed: what went wrong; nothing is left behind.
@@ -90,8 +90,11 @@ class Stack:
                     self._end()
                     self._check()
                     self._start_servers()
-                if worker and not any(p.name == "worker" and p.alive() for p in self._record.processes):
-                    self._start_worker("worker", self.app, self.environment("worker"), ())
+                running = {process.name for process in self._record.processes if process.alive()}
+                for pool in self.topology.pools if worker else ():
+                    name = pool if pool == "worker" else f"worker-{pool}"
+                    if name not in running:
+                        self._start_worker(name, self.app, self.environment(pool), ())
             except BaseException:
                 self._end()
                 raise
@@ -209,6 +212,9 @@ class Stack:
         return f"{base}/{'worker' if role in self.topology.pools else 'client'}/{role}"
 
     def _start_worker(self, name: str, app: str, env: Mapping[str, str], options: Sequence[str]) -> Worker:
+        for ended in self._record.processes:
+            if ended.name == name and not ended.alive():
+                self._record.drop(ended)
         home = own_folder(self.folder / "workers") / name
         if not home.exists():
             self.account.folder(home)
