@@ -23,9 +23,8 @@ from .backend import ADMINISTRATOR, Backend, as_lines
 from .broker import Broker
 from .errors import StackFailed
 from .pki import Pair, Pki
-from .ports import free_ports
 from .process import Process
-from .record import Record
+from .record import Record, free_ports
 from .worker import Worker, start_worker, wait_ready
 
 _SERVERS = ("rabbitmq", "redis", "epmd")
@@ -149,6 +148,8 @@ class Stack:
             return as_lines(administrator.execute_command(*command))
 
     def _check(self) -> None:
+        if sys.platform != "linux":
+            raise StackFailed("the local stack reads /proc, so it needs Linux: a virtual machine, a container or WSL 2")
         install.require_servers()
         self.account.require_reachable(self.project, self.folder)
         if self._topology_file == self.project / "topology.toml" and (stale := self._rules.stale(self.project)):

@@ -26,10 +26,10 @@ from redis.retry import Retry
 
 from stack import Stack, StackFailed
 from stack.account import Account
-from stack.ports import free_ports
 from stack.process import Process, start, wait_until
+from stack.record import free_ports
 
-from ..service import ROOT
+from ...service import ROOT
 
 DELAYED = "0." * 27 + "1."
 
