@@ -136,14 +136,14 @@ _PATH = st.sampled_from(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(_PATH, _VALUE | _SIGNATURE | st.lists(_SIGNATURE, max_size=2), min_size=1, max_size=3))
 def test_nothing_that_a_genuine_signer_may_sign_raises_in_the_consumer(bench: Bench, changes: Any) -> None:
     """What raises out of a message's callback ends the worker, and the message comes again."""
     bench.receive(bench.sign(**changes))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     embed=st.fixed_dictionaries(
         {}, optional=dict.fromkeys(claims.Embed.model_fields, _SIGNATURE | st.lists(_SIGNATURE))
@@ -193,7 +193,7 @@ _MOMENT = st.datetimes().map(lambda moment: moment.isoformat()) | st.from_regex(
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "Pacific/Pago_Pago"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(eta=st.none() | _MOMENT, expires=st.none() | _MOMENT)
 def test_no_signed_time_raises_in_the_consumer(bench: Bench, zone: str, eta: Any, expires: Any) -> None:
     bench.consumer.app.conf.timezone = zone
@@ -237,7 +237,9 @@ def test_celerys_unsigned_chatter_is_off_whatever_the_command_line_says(
         monkeypatch.setattr(step, "compatible_transport", lambda *_: True)
     made = _worker(service, without_gossip=False, without_mingle=False, without_heartbeat=False).consumer
     enabled = {type(step) for step in made.steps if getattr(step, "enabled", True)}
-    assert not enabled & {Gossip, Mingle, Heart, Control, DelayedDelivery}
+    assert not enabled & {Gossip, Mingle, Heart, Control}
+    assert DelayedDelivery not in {type(step) for step in made.steps}
+    assert not any("delayed" in step for step in consumer.HardenedConsumer.Blueprint.default_steps)
     assert {Connection, Tasks} <= enabled
 
 

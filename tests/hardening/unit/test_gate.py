@@ -720,7 +720,7 @@ _BODY = (
     | st.just(b"e30.e30.e30")
 )
 _ANY = st.one_of(st.none(), st.integers(), st.text(st.characters(), max_size=20), st.just(envelope.CONTENT_TYPE))
-_FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+_FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @_FUZZ
