@@ -9,7 +9,7 @@ LOCKS := requirements/dev.txt $(PROJECT)/requirements/run.txt $(PROJECT)/require
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-all lint lock setup
+.PHONY: help demo test test-fast test-all lint lock table setup
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ lock: $(READY) ## Lock all requirements again (make lock UPGRADE=--upgrade for n
 		$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 			--no-header $(UPGRADE) --output-file $$layer.txt $$layer.in || exit 1; \
 	done
+
+table: $(READY) ## Write the README's attack table from what make demo reported
+	@$(RUN) -m tests.attack_table
 
 setup: $(READY) ## Make .venv from the hash-locked requirements
 

@@ -17,12 +17,11 @@ PARTS = {
         "rabbitmq": {
             "deploy/rabbitmq": "deploy/rabbitmq",
             "tests/live/test_attacks.py": "tests/live/test_attacks.py",
-            "tests/live/test_rabbitmq.py": "tests/live/test_rabbitmq.py",
         },
         "redis": {
             "deploy/redis/broker.acl": "deploy/redis/broker.acl",
             "deploy/redis/broker.conf": "deploy/redis/broker.conf",
-            "tests/live/test_redis_broker.py": "tests/live/test_redis_broker.py",
+            "deploy/redis/broker.md": "deploy/redis/broker.md",
         },
     },
     "licence": {

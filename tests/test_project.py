@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from . import attack_table
+
 
 def make(project: Path, target: str) -> str:
     """Run a target of the project's Makefile and return what it printed."""
@@ -57,7 +59,8 @@ def test_demo_shows_signers_and_attacks_and_leaves_nothing_running(project: Path
     printed = make(project, "demo")
     for role in ("client", "worker"):
         assert f"signed by spiffe://my-service.test/development/my-service/{role}" in printed
-    assert json.loads((project / "reports" / "attacks.json").read_text(encoding="utf-8"))
+    report = json.loads((project / "reports" / "attacks.json").read_text(encoding="utf-8"))
+    assert attack_table.shown() == attack_table.table(report), "the README shows other attacks: make demo table"
     status = subprocess.run(["make", "status"], cwd=project, capture_output=True, text=True, check=False)
     assert "nothing is up" in status.stdout
 

@@ -27,6 +27,9 @@ def main() -> int:
         "--folder", type=Path, default=suite.PROJECT / ".stack-attacks", help="where servers keep their files"
     )
     options = parser.parse_args()
+    if not (suite.PROJECT / "deploy/rabbitmq").exists():
+        print("No attack was run: they speak AMQP, and this project's broker is Redis; see deploy/redis/broker.md.")
+        return 0
     attacks = catalogue()
     if options.list:
         for one in attacks:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,33 +37,35 @@ class Process:
         """Whether the process itself runs."""
         return self._is_ours(_processes().get(self.pid))
 
-    def family(self) -> set[tuple[int, int]]:
+    def family(self) -> frozenset[tuple[int, int]]:
         """Number and start time of everything that runs of it: itself, its session, and its descendants."""
         processes = _processes()
         leader = processes.get(self.pid)
         if self.boot != _boot() or (leader is not None and leader.started != self.started):
-            return set()
-        family = {pid for pid, status in processes.items() if status.session == self.pid} | (
-            {self.pid} & set(processes)
-        )
+            return frozenset()
+        family = {pid for pid, status in processes.items() if self.pid in (pid, status.session)}
         while more := {pid for pid, status in processes.items() if status.parent in family} - family:
             family |= more
-        return {(pid, processes[pid].started) for pid in family}
+        return frozenset((pid, processes[pid].started) for pid in family)
 
     def stop(self) -> None:
         """End the process and its family: first politely, then not."""
         family = self.family()
-        if self.alive():
-            os.kill(self.pid, signal.SIGTERM)
-        if not _gone(family):
-            self.kill()
+        if self.boot == _boot():
+            _send(signal.SIGTERM, self.pid, self.started)
+        if not _holds_within(_GRACE, lambda: not _running(family)):
+            self.kill(family)
 
-    def kill(self) -> None:
-        """End the process and its family at once, as a crash or a power cut would."""
-        family = self.family()
-        for pid in _running(family):
-            os.kill(pid, signal.SIGKILL)
-        if not _gone(family):
+    def kill(self, family: frozenset[tuple[int, int]] = frozenset()) -> None:
+        """End the process and its family at once, as a crash or a power cut would; ``family`` as it was before."""
+
+        def gone() -> bool:
+            left = _running(family | self.family())
+            for pid, started in left:
+                _send(signal.SIGKILL, pid, started)
+            return not left
+
+        if not _holds_within(_GRACE, gone):
             raise StackFailed(f"{self.name} (process {self.pid}) does not end")
 
     def wait(self, ready: Callable[[], bool], seconds: float, pause: float = 0.05) -> None:
@@ -119,15 +122,20 @@ def _holds_within(seconds: float, condition: Callable[[], bool], pause: float = 
     return True
 
 
-def _running(family: set[tuple[int, int]]) -> list[int]:
-    processes = _processes()
-    return [pid for pid, started in family if pid in processes and processes[pid].started == started]
+def _send(number: signal.Signals, pid: int, started: int) -> None:
+    """Signal a process, unless it is gone and its number another one's: a descriptor stays with the one it was for."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            status = _status(pid)
+            if status is not None and status.started == started:
+                signal.pidfd_send_signal(descriptor, number)
+        finally:
+            os.close(descriptor)
 
 
-def _gone(family: set[tuple[int, int]]) -> bool:
-    gone = _holds_within(_GRACE, lambda: not _running(family))
-    _collect()
-    return gone
+def _running(family: frozenset[tuple[int, int]]) -> frozenset[tuple[int, int]]:
+    return family & {(pid, status.started) for pid, status in _processes().items()}
 
 
 @dataclass(frozen=True)

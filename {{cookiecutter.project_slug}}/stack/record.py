@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import random
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +22,8 @@ from .errors import StackFailed
 from .process import Process
 
 _STAYS = {"logs", "lock", ".gitignore"}
+# Below the range that Linux takes outgoing connections' ports from, so that none of those can take ours.
+_RANGE = range(20_000, 32_000)
 
 
 class Record:
@@ -102,3 +106,18 @@ class Record:
 
     def _save(self, state: dict[str, Any]) -> None:
         write_own(self.folder / "stack.json.new", json.dumps(state, indent=1), 0o600).replace(self._file)
+
+
+def free_ports(count: int) -> list[int]:
+    """Choose ports that nothing listens on at the moment."""
+    ports: list[int] = []
+    for port in random.sample(_RANGE, 1000):  # so that two stacks that start at once seldom agree
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise StackFailed("found no free ports on 127.0.0.1")

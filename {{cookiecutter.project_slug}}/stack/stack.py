@@ -23,9 +23,8 @@ from .backend import ADMINISTRATOR, Backend, as_lines
 from .broker import Broker
 from .errors import StackFailed
 from .pki import Pair, Pki
-from .ports import free_ports
 from .process import Process
-from .record import Record
+from .record import Record, free_ports
 from .worker import Worker, start_worker, wait_ready
 
 #: What is started for each broker that a topology can name, and the packages that it comes from.
@@ -82,7 +81,7 @@ class Stack:
         return self._pki
 
     def up(self, *, worker: bool = True) -> None:
-        """Start what is not running yet.
+        """Start what is not running yet: the servers, and a worker for each pool.
 
         Raises:
             StackFailed: what went wrong; nothing is left behind.
@@ -94,8 +93,11 @@ class Stack:
                     self._end()
                     self._check()
                     self._start_servers()
-                if worker and not any(p.name == "worker" and p.alive() for p in self._record.processes):
-                    self._start_worker("worker", self.app, self.environment("worker"), ())
+                running = {process.name for process in self._record.processes if process.alive()}
+                for pool in self.topology.pools if worker else ():
+                    name = pool if pool == "worker" else f"worker-{pool}"
+                    if name not in running:
+                        self._start_worker(name, self.app, self.environment(pool), ())
             except BaseException:
                 self._end()
                 raise
@@ -157,6 +159,8 @@ class Stack:
             return as_lines(administrator.execute_command(*command))
 
     def _check(self) -> None:
+        if sys.platform != "linux":
+            raise StackFailed("the local stack reads /proc, so it needs Linux: a virtual machine, a container or WSL 2")
         install.require_servers(*_PACKAGES[self.topology.broker])
         self.account.require_reachable(self.project, self.folder)
         if self._topology_file == self.project / "topology.toml" and (stale := self._rules.stale(self.project)):
@@ -236,6 +240,9 @@ class Stack:
         return f"{base}/{'worker' if role in self.topology.pools else 'client'}/{role}"
 
     def _start_worker(self, name: str, app: str, env: Mapping[str, str], options: Sequence[str]) -> Worker:
+        for ended in self._record.processes:
+            if ended.name == name and not ended.alive():
+                self._record.drop(ended)
         home = own_folder(self.folder / "workers") / name
         if not home.exists():
             self.account.folder(home)

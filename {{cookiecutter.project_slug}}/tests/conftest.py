@@ -38,17 +38,3 @@ def stack(temporary: Path) -> Iterator[Stack]:
     stack.up()
     yield stack
     stack.down()
-
-
-@pytest.fixture(scope="session")
-def servers(temporary: Path) -> Iterator[Stack]:
-    """Broker and backend alone, for tests that put messages into queues that no worker may see."""
-    stack = Stack(ROOT, temporary / "servers")
-    stack.up(worker=False)
-    yield stack
-    stack.down()
-
-
-@pytest.fixture
-def application(servers: Stack) -> str:
-    return str(servers.topology.application)

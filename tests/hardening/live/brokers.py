@@ -1,6 +1,6 @@
 """What the tests of everything that Celery can do have to know of the broker that carries it, in one place.
 
-Differences that are no defect, with their reason, are listed in the project's ``docs/redis-broker.md``.
+Differences that are no defect, with their reason, are listed in the project's ``deploy/redis/broker.md``.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from stack import Stack
+
+from ...service import ROOT
 from . import brokers
 from .running import Running
 
@@ -20,6 +23,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if any(mark.args != (brokers.NAME,) for mark in item.iter_markers("broker"))]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(scope="session")
+def servers(temporary: Path) -> Iterator[Stack]:
+    """Broker and backend alone, for tests that put messages into queues that no worker may see."""
+    stack = Stack(ROOT, temporary / "servers")
+    stack.up(worker=False)
+    yield stack
+    stack.down()
+
+
+@pytest.fixture
+def application(servers: Stack) -> str:
+    return str(servers.topology.application)
 
 
 @pytest.fixture(scope="session")

@@ -170,6 +170,16 @@ def test_a_worker_that_lives_keeps_its_message_longer_than_the_timeout(running: 
     assert running.count(f"{key}.started") == 1
 
 
+def test_what_is_taken_from_a_broker_without_memory_runs(running: Running, key: str) -> None:
+    running.worker.stop()
+    running.task("effect").delay(key)
+    with running.broker.short_of_memory():
+        running.alive()
+        assert running.happens(key)
+    assert serves(running)
+    assert running.count(key) == 1
+
+
 def test_a_worker_that_ends_gives_back_what_waited_without_counting_it(running: Running, key: str) -> None:
     later = running.task("counted").apply_async((key,), countdown=15)
     for _ in range(2):

@@ -20,8 +20,8 @@ import pytest
 from stack import Stack
 from stack.backend import Backend
 from stack.pki import Pair
-from stack.ports import free_ports
 from stack.process import wait_until
+from stack.record import free_ports
 
 from ...project import hardening, redis_tls, tls
 from ...service import ROOT

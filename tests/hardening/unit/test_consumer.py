@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from celery._state import _set_task_join_will_block
-from celery.bootsteps import StartStopStep
 from celery.exceptions import TimeLimitExceeded
 from celery.worker import WorkController
+from celery.worker.consumer import Connection, Control, Gossip, Heart, Mingle, Tasks
+from celery.worker.consumer.delayed_delivery import DelayedDelivery
 from celery.worker.request import Request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -135,14 +136,14 @@ _PATH = st.sampled_from(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(_PATH, _VALUE | _SIGNATURE | st.lists(_SIGNATURE, max_size=2), min_size=1, max_size=3))
 def test_nothing_that_a_genuine_signer_may_sign_raises_in_the_consumer(bench: Bench, changes: Any) -> None:
     """What raises out of a message's callback ends the worker, and the message comes again."""
     bench.receive(bench.sign(**changes))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     embed=st.fixed_dictionaries(
         {}, optional=dict.fromkeys(claims.Embed.model_fields, _SIGNATURE | st.lists(_SIGNATURE))
@@ -192,7 +193,7 @@ _MOMENT = st.datetimes().map(lambda moment: moment.isoformat()) | st.from_regex(
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "Pacific/Pago_Pago"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(eta=st.none() | _MOMENT, expires=st.none() | _MOMENT)
 def test_no_signed_time_raises_in_the_consumer(bench: Bench, zone: str, eta: Any, expires: Any) -> None:
     bench.consumer.app.conf.timezone = zone
@@ -229,14 +230,17 @@ def test_an_expired_task_is_dropped_and_its_id_is_revoked_for_nobody(bench: Benc
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def test_celerys_unsigned_chatter_is_off_whatever_the_command_line_says(bench: Bench) -> None:
-    names = {step.name for step in bench.consumer.blueprint.steps.values() if _enabled(step)}
-    assert not names & {"Gossip", "Mingle", "Heart", "Control", "Delayed Delivery", "DelayedDelivery"}
-    assert {"Connection", "Tasks", "Evloop"} <= {step.__class__.__name__ for step in bench.consumer.steps} | names
-
-
-def _enabled(step: StartStopStep) -> bool:
-    return bool(getattr(step, "enabled", True))
+def test_celerys_unsigned_chatter_is_off_whatever_the_command_line_says(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (Gossip, Mingle):  # as with AMQP
+        monkeypatch.setattr(step, "compatible_transport", lambda *_: True)
+    made = _worker(service, without_gossip=False, without_mingle=False, without_heartbeat=False).consumer
+    enabled = {type(step) for step in made.steps if getattr(step, "enabled", True)}
+    assert not enabled & {Gossip, Mingle, Heart, Control}
+    assert DelayedDelivery not in {type(step) for step in made.steps}
+    assert not any("delayed" in step for step in consumer.HardenedConsumer.Blueprint.default_steps)
+    assert {Connection, Tasks} <= enabled
 
 
 def test_the_application_names_our_consumer(bench: Bench) -> None:
@@ -280,6 +284,11 @@ def test_root_may_not_where_the_system_tells_only_two_users(service: Service, mo
         monkeypatch.setattr(os, "getuid", lambda real=real: real)
         monkeypatch.setattr(os, "geteuid", lambda effective=effective: effective)
         assert _refused(service).code == "worker.root"
+
+
+def test_a_worker_whose_configuration_was_changed_may_not_start(service: Service) -> None:
+    service.worker.app.conf.accept_content = ["pickle"]
+    assert _refused(service).setting == "accept_content"
 
 
 def test_a_worker_that_may_start_says_so(service: Service, caplog: pytest.LogCaptureFixture) -> None:

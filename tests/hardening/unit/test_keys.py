@@ -59,7 +59,9 @@ def test_es256_takes_two_fixed_length_integers_and_no_der() -> None:
     signature = keys.signer(key)(b"data")
     assert len(signature) == 64
     der = utils.encode_dss_signature(int.from_bytes(signature[:32]), int.from_bytes(signature[32:]))
-    assert not keys.verifier(key.public_key())(der, b"data")
+    padded = signature[:32] + b"\0" + signature[32:]  # the same two numbers
+    for other in (der, padded):
+        assert not keys.verifier(key.public_key())(other, b"data")
 
 
 @pytest.mark.parametrize("number", [0, _ORDER, _ORDER + 1, 2**256 - 1])

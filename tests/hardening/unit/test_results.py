@@ -211,6 +211,9 @@ def test_another_environments_workers_result_is_refused(store: Store) -> None:
     for aud in (str(production.identity.audience), str(store.service.client.identity.audience)):
         store.write(result, store.forge(result, production, aud=aud))
         _refused(errors.WrongAudience, result)
+    own = store.service.worker.signer
+    store.write(result, store.forge(result, own, aud=str(production.identity.audience)))
+    _refused(errors.WrongAudience, result)
 
 
 @pytest.mark.parametrize("window", [(-200, -100), (3600, 7200)], ids=["expired", "not yet valid"])
@@ -413,7 +416,7 @@ _ANYTHING = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_ANYTHING)
 def test_the_encoder_signs_results_parts_and_groups_alone(store: Store, data: Any) -> None:
     """A worker must not be made to sign what could pass for something else (F26)."""

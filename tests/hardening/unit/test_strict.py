@@ -293,9 +293,19 @@ def opaque(value: Opaque) -> None: ...
 def unresolvable(value: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 
 
-@pytest.mark.parametrize("function", [unannotated, half_annotated, variable, keywords, positional, opaque])
-def test_a_task_that_cannot_be_validated_is_refused(function: Any) -> None:
-    with pytest.raises(errors.ConfigurationRefused) as caught:
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (unannotated, "'value' has no annotation"),
+        (half_annotated, "'second' has no annotation"),
+        (variable, "'values' is positional-only or variable"),
+        (keywords, "'values' is positional-only or variable"),
+        (positional, "'value' is positional-only or variable"),
+        (opaque, "an annotation cannot be validated"),
+    ],
+)
+def test_a_task_that_cannot_be_validated_is_refused_with_the_reason(function: Any, reason: str) -> None:
+    with pytest.raises(errors.ConfigurationRefused, match=reason) as caught:
         make(function)
     assert caught.value.code == "task.unannotated"
     assert function.__name__ in caught.value.setting

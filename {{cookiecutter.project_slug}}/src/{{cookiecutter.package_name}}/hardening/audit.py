@@ -26,6 +26,7 @@ class Event(StrEnum):
     MESSAGE_REFUSED = "message.refused"
     QUARANTINE_FAILED = "quarantine.failed"
     CALLER_NOT_TOLD = "caller.not-told"
+    ERRBACK_FAILED = "errback.failed"
     RESULT_REFUSED = "result.refused"
 
 

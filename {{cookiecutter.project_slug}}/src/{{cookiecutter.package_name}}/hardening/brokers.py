@@ -2,7 +2,7 @@
 
 Guards against: an account that could declare, and publishing to the default exchange of RabbitMQ, which reaches
 every queue; on Redis, a message that is lost with its worker, or kept from the next one for an hour.
-Rests on: queues that the operator has declared (topology.toml). Redis has no exchanges, so there the queue's name is the
+Rests on: queues that the operator has declared (topology.toml). Redis has no exchanges: there the queue's name is the
 route; its ACL decides who may push to which.
 Controls: BRK-1, BRK-2, BRK-6, TLS-1.
 """

@@ -15,6 +15,7 @@ import binascii
 import json
 import time
 import uuid
+from contextlib import suppress
 from queue import Empty
 from typing import Any, ClassVar
 
@@ -102,9 +103,17 @@ class _QoS(kombu_redis.QoS):
     each transaction watches what it changes anyway.
     """
 
+    def append(self, message: Any, delivery_tag: str) -> None:
+        try:
+            super().append(message, delivery_tag)
+        except redis.exceptions.OutOfMemoryError:
+            # It is ours already. Not to run it would lose it now, and not only if this worker is killed.
+            kombu_redis.virtual.QoS.append(self, message, delivery_tag)
+
     def restore_visible(self, start: int = 0, num: int | None = None, interval: int = 0) -> None:
         now = time.time()
-        with self.channel.conn_or_acquire() as client:
+        # Without memory nothing can be pushed back, and nobody else can take what is not renewed.
+        with suppress(redis.exceptions.OutOfMemoryError), self.channel.conn_or_acquire() as client:
             if self._delivered:
                 client.zadd(self.unacked_index_key, dict.fromkeys(self._delivered, now), xx=True)
             late = client.zrange(

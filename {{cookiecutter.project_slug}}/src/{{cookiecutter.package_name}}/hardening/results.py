@@ -14,7 +14,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from celery import group, states
+from celery import states
 from celery.backends.cache import CacheBackend
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
@@ -159,10 +159,13 @@ class SignedResults(Backend):
 
         After a time limit "here" is the worker's main process, where the keys are.
         """
-        errbacks = [maybe_signature(errback, app=self.app) for errback in request.errbacks]
-        group(errbacks, app=self.app).apply_async(
-            (request.id,), parent_id=request.id, root_id=request.root_id or request.id
-        )
+        for errback in request.errbacks:
+            try:
+                maybe_signature(errback, app=self.app).apply_async(
+                    (request.id,), parent_id=request.id, root_id=request.root_id or request.id
+                )
+            except Exception as error:  # one that cannot be sent must not keep the failure from being settled
+                audit.record(audit.Event.ERRBACK_FAILED, id=request.id, error=type(error).__name__)
 
     def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """Count a chord's part, and send its body, on behalf of the request's origin."""

@@ -14,7 +14,9 @@ import pytest
 
 from stack import Stack, StackFailed
 
-from ..service import ROOT
+from ...service import ROOT
+
+pytestmark = pytest.mark.broker("rabbitmq")
 
 DELAYED = "0." * 27 + "1."
 

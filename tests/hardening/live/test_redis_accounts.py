@@ -14,6 +14,8 @@ from stack import Stack
 
 from .test_stack import backend
 
+pytestmark = pytest.mark.broker("redis")
+
 
 def broker(stack: Stack, role: str, **options: Any) -> redis.Redis:
     """Connect to the broker as a role."""

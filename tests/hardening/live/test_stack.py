@@ -13,6 +13,7 @@ import ssl
 import stat
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from redis.retry import Retry
 
 from stack import Stack, StackFailed
 from stack.account import Account
-from stack.ports import free_ports
 from stack.process import Process, start, wait_until
+from stack.record import free_ports
 
-from ..project import topology
-from ..service import ROOT
+from ...project import topology
+from ...service import ROOT
 
 #: Where each server listens, what it answers first, and what is said when its port is taken.
 PORTS: dict[str, list[str]] = {
@@ -49,11 +50,11 @@ GREETINGS = {
 BROKER = topology.Topology.load(ROOT / "topology.toml").broker
 
 
-def family(stack: Stack) -> set[tuple[int, int]]:
-    return set().union(*(process.family() for process, _ in stack.status()))
+def family(stack: Stack) -> frozenset[tuple[int, int]]:
+    return frozenset().union(*(process.family() for process, _ in stack.status()))
 
 
-def running(family: set[tuple[int, int]]) -> list[int]:
+def running(family: Iterable[tuple[int, int]]) -> list[int]:
     """Those that still are what they were; a zombie that nobody has waited for is no more."""
     left = []
     for pid, started in family:
@@ -167,13 +168,13 @@ def test_an_interrupted_up_leaves_nothing_that_down_does_not_end(temporary: Path
         wait_until(lambda: "redis" in {process.name for process, _ in stack.status()}, "the last server", 30)
         started = family(stack)
         up.send_signal(number)
-        up.wait(timeout=60)
+        _, said = up.communicate(timeout=60)
     if number == signal.SIGKILL:
         assert running(started)
         done = subprocess.run([*command[:3], "down", "--folder", str(folder)], cwd=ROOT, check=False)
         assert done.returncode == 0
     else:
-        assert up.returncode == 128 + number
+        assert up.returncode == 128 + number, said.decode()
     assert running(started) == []
 
 
@@ -185,6 +186,18 @@ def test_a_process_that_got_the_number_of_ours_is_left_alone(tmp_path: Path) -> 
     assert sleeper.alive()
     sleeper.stop()
     assert not sleeper.alive()
+
+
+def test_what_will_not_end_is_ended_with_its_descendants(tmp_path: Path) -> None:
+    account = Account("tests", os.geteuid(), os.getegid(), switch=False)
+    # Both ignore SIGTERM; the child is in a session of its own, as Erlang's helpers are.
+    script = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.fork() or os.setsid(); time.sleep(60)"
+    command = [sys.executable, "-c", script]
+    stubborn = start("stubborn", command, env={}, cwd=Path("/"), log=tmp_path / "log", account=account)
+    wait_until(lambda: len(stubborn.family()) == 2, "the child", 10)
+    started = stubborn.family()
+    stubborn.stop()
+    assert running(started) == []
 
 
 def test_a_path_with_a_space_is_refused(temporary: Path) -> None:
