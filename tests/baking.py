@@ -74,8 +74,8 @@ def workshop(name: str) -> Iterator[Path]:
         yield folder
 
 
-def bake_again(workshop: Path) -> Path:
-    """Bake the default project where an earlier one may be; end its stack and keep only its environment.
+def bake_again(workshop: Path, answers: Mapping[str, str] | None = None) -> Path:
+    """Bake a project where an earlier one may be; end its stack and keep only its environment.
 
     Its tests get those of the hardening layer, which are the template's.
     """
@@ -87,7 +87,7 @@ def bake_again(workshop: Path) -> Path:
         shutil.rmtree(environment, ignore_errors=True)
         (project / ".venv").rename(environment)
     shutil.rmtree(project, ignore_errors=True)
-    project = bake(workshop, own=workshop / "cookiecutter")
+    project = bake(workshop, answers=answers, own=workshop / "cookiecutter")
     if environment.is_dir():
         environment.rename(project / ".venv")
     shutil.copytree(HARDENING, project / "tests" / HARDENING.name, ignore=LEFTOVERS)

@@ -30,6 +30,19 @@ def long(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def redis(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bake a project whose broker is Redis, to be read only."""
+    return bake(tmp_path_factory.mktemp("redis"), template, {"broker": "redis"})
+
+
+@pytest.fixture(scope="session")
+def redis_project() -> Iterator[Path]:
+    """Bake a project whose broker is Redis where its stack's unprivileged user can reach it."""
+    with workshop("test-redis") as folder:
+        yield bake_again(folder, {"broker": "redis"})
+
+
+@pytest.fixture(scope="session")
 def project() -> Iterator[Path]:
     """Bake the default project where its stack's unprivileged user can reach it."""
     with workshop("test") as folder:

@@ -30,10 +30,12 @@ def make(project: Path, target: str) -> str:
     return done.stdout
 
 
-def test_unit_tests_pass(default: Path) -> None:
+@pytest.mark.parametrize("broker", ["default", "redis"])
+def test_unit_tests_pass(broker: str, request: pytest.FixtureRequest) -> None:
     """With the template's own environment, which has the project's requirements."""
     command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit"]
-    done = subprocess.run(command, cwd=default, capture_output=True, text=True, check=False)
+    tree = request.getfixturevalue(broker)
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -43,14 +45,42 @@ def test_target_succeeds(project: Path, target: str) -> None:
     make(project, target)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tests", ["unit", "live"])
-def test_hardening_passes(project: Path, tests: str) -> None:
-    """The hardening layer's own tests, in a project's place and environment."""
-    command = [".venv/bin/python", "-m", "pytest", "-q", f"tests/hardening/{tests}"]
+def run_hardening(project: Path, *tests: str) -> None:
+    """Run the hardening layer's own tests, in a project's place and environment."""
+    command = [".venv/bin/python", "-m", "pytest", "-q", *(f"tests/hardening/{test}" for test in tests)]
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tests", ["unit", "live"])
+def test_hardening_passes(project: Path, tests: str) -> None:
+    run_hardening(project, tests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["setup", "test", "test-live"])
+def test_target_succeeds_with_redis(redis_project: Path, target: str) -> None:
+    make(redis_project, target)
+
+
+#: What a broker can do better or worse; the other tests of the hardening layer are about no broker, or about RabbitMQ.
+OF_BROKERS = ("celery", "reliability", "stack", "redis_accounts", "redis_broker")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", OF_BROKERS)
+def test_hardening_passes_with_redis(redis_project: Path, module: str) -> None:
+    run_hardening(redis_project, f"live/test_{module}.py")
+
+
+@pytest.mark.slow
+def test_a_demo_with_redis_shows_signers_and_says_that_no_attack_was_run(redis_project: Path) -> None:
+    printed = make(redis_project, "demo")
+    for role in ("client", "worker"):
+        assert f"signed by spiffe://my-service.test/development/my-service/{role}" in printed
+    assert "No attack was run" in printed
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ CACHES = {
 }
 
 
-@pytest.fixture(params=["default", "long"])
+@pytest.fixture(params=["default", "long", "redis"])
 def tree(request: pytest.FixtureRequest) -> Path:
     """Give a baked tree: names decide how long lines are and how imports sort."""
     baked: Path = request.getfixturevalue(request.param)

@@ -5,7 +5,7 @@ Rests on: Linux' ``/proc`` for ending exactly the processes that were started he
 Controls: TLS-1, TLS-2, BRK-1, BRK-2, BRK-3, DAT-3.
 """
 
-from .errors import StackFailed
+from .account import StackFailed
 from .stack import Stack
 
 __all__ = ["Stack", "StackFailed"]

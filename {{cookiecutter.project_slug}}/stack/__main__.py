@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from .errors import StackFailed
+from .account import StackFailed
 from .stack import Stack
 
 

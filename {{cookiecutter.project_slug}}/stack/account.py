@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import StackFailed
+
+class StackFailed(Exception):
+    """The stack could not do what was asked: what went wrong and what to do, in one message for a person."""
 
 
 @dataclass(frozen=True)

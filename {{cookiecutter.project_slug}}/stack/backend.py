@@ -19,8 +19,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from .account import Account, own_folder, write_own
-from .errors import StackFailed
+from .account import Account, StackFailed, own_folder, write_own
 from .pki import Pair
 from .process import Process, start
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import amqp
 
-from .account import Account, own_folder, write_own
-from .errors import StackFailed
+from .account import Account, StackFailed, own_folder, write_own
 from .pki import Pair
 from .process import Process, start
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import backend, broker
-from .errors import StackFailed
+from .account import StackFailed
 
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _SERVERS = {"rabbitmq-server": broker.find_server, "redis-server": backend.find_server}

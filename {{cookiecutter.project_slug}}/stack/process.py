@@ -16,8 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .account import Account
-from .errors import StackFailed
+from .account import Account, StackFailed
 
 _GRACE = 5.0  # seconds from the polite signal to the other one
 _children: dict[int, subprocess.Popen[bytes]] = {}

@@ -17,8 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .account import own_folder, write_own
-from .errors import StackFailed
+from .account import StackFailed, own_folder, write_own
 from .process import Process
 
 _STAYS = {"logs", "lock", ".gitignore"}

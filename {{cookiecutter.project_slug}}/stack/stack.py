@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from . import install
-from .account import Account, own_folder
+from .account import Account, StackFailed, own_folder
 from .backend import ADMINISTRATOR, Backend, as_lines
 from .broker import Broker
-from .errors import StackFailed
 from .pki import Pair, Pki
 from .process import Process
 from .record import Record, free_ports

@@ -6,7 +6,6 @@ with throw_away():
     from {{ cookiecutter.package_name }} import hardening
     from {{ cookiecutter.package_name }}.hardening import (
         audit,
-        brokers,
         canvas,
         claims,
         codec,
@@ -38,7 +37,6 @@ with throw_away():
 __all__ = [
     "Settings",
     "audit",
-    "brokers",
     "canvas",
     "claims",
     "codec",

@@ -17,9 +17,9 @@ from uuid import uuid4
 
 from celery import Celery, Task, group, shared_task
 
-from ...project import Settings, brokers, hardening
+from ...project import Settings, hardening, intake_redis
 
-brokers.VISIBILITY_TIMEOUT = 6  # seconds until Redis gives away what a killed worker held
+intake_redis.VISIBILITY_TIMEOUT = 6  # seconds until Redis gives away what a killed worker held
 
 
 def application(settings: hardening.Settings) -> Celery:

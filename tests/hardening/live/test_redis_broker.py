@@ -172,12 +172,16 @@ def test_a_worker_that_lives_keeps_its_message_longer_than_the_timeout(running: 
 
 def test_what_is_taken_from_a_broker_without_memory_runs(running: Running, key: str) -> None:
     running.worker.stop()
-    running.task("effect").delay(key)
+    push(running, b"garbage")
+    names = [f"{key}.{number}" for number in range(20)]
+    for name in names:
+        running.task("effect").delay(name)
     with running.broker.short_of_memory():
         running.alive()
-        assert running.happens(key)
+        assert all(running.happens(name) for name in names)
+        assert within(SOON, lambda: not running.stack.redis_broker("HKEYS", HELD))
     assert serves(running)
-    assert running.count(key) == 1
+    assert all(running.count(name) == 1 for name in names)
 
 
 def test_a_worker_that_ends_gives_back_what_waited_without_counting_it(running: Running, key: str) -> None:

@@ -138,7 +138,7 @@ def test_two_stacks_at_once_do_not_meet(servers: Stack, temporary: Path) -> None
     assert backend(servers, "client").ping()
 
 
-@pytest.mark.parametrize(("index", "why"), enumerate(PORTS[BROKER]))
+@pytest.mark.parametrize(("index", "why"), [*enumerate(PORTS[BROKER])])
 def test_a_port_that_is_taken_is_told_and_nothing_is_left(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, index: int, why: str
 ) -> None:

@@ -14,20 +14,22 @@ import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
 
 from celery import Celery
 from celery.utils.imports import symbol_by_name
 from kombu.serialization import registry
 
-from . import brokers
 from .consumer import HardenedConsumer, Preflight
 from .envelope import Signer, Verifier
 from .errors import ConfigurationRefused
 from .identity import Role
+from .intake import Broker, RabbitMQ
+from .intake_redis import Redis
 from .policy import Policy
 from .producer import SigningAMQP
 from .results import BACKENDS, SignedResults
-from .settings import Settings
+from .settings import PREFIX, Settings
 from .strict import make_strict
 from .tls import check_options
 from .topology import Topology
@@ -92,9 +94,21 @@ class Hardening:
         _ = self.signer, self.verifier, self.topology, self.policy, self.settings.tls
 
     @cached_property
-    def broker(self) -> brokers.Broker:
-        """How messages travel, by the scheme of the broker's URL."""
-        return brokers.of(self.settings, self.topology, self.signer.identity)
+    def broker(self) -> Broker:
+        """How messages travel.
+
+        Raises:
+            ConfigurationRefused: the broker's URL is of another kind than the topology says.
+        """
+        scheme, chosen = urlsplit(self.settings.broker_url).scheme, self.topology.broker
+        if {"amqps": "rabbitmq", "rediss": "redis"}.get(scheme, chosen) != chosen:
+            raise ConfigurationRefused(
+                PREFIX + "BROKER_URL",
+                f"is {scheme}://, and topology.toml says that the broker is {chosen}",
+                "correct one of the two",
+                "config.topology",
+            )
+        return (Redis if chosen == "redis" else RabbitMQ)(self.settings, self.topology, self.signer.identity)
 
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold; nothing may set them differently."""

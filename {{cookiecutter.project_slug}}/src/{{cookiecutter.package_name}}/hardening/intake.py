@@ -4,26 +4,32 @@ Guards against: messages that kill the worker or loop for ever before any consum
 in a header raises OSError in the parser, which Celery takes for a lost connection; a routing key that is no UTF-8 ends
 the worker; a ``compression`` header expands 290 KB to a gigabyte, or loses the message when its method is unknown; a
 content encoding of ``punycode`` keeps the worker busy for a minute per megabyte of body.
+Also here: what Celery has to be told for RabbitMQ. No account may declare anything, and nothing is published to the
+default exchange, which reaches every queue.
 Rests on: every message passing py-amqp's frame handler and the channel's ``Message`` class. What cannot be parsed is
 delivered without its properties and carries its refusal; the gate quarantines it. Bodies stay bytes.
-Controls: INT-1, SER-3, TLS-1.
+Controls: INT-1, SER-3, TLS-1, BRK-1, BRK-6.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from struct import pack
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import kombu
 import kombu.connection
 from amqp import basic_message, method_framing, spec
 from amqp.serialization import loads
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import memory, pyamqp
 from kombu.utils.imports import symbol_by_name
 
 from .errors import Compressed, ConfigurationRefused, MessageRefused, Unparseable
+from .identity import Identity
+from .settings import Settings
+from .topology import Topology
 
 #: Seconds to wait for the broker to confirm a message.
 CONFIRM_TIMEOUT = 10
@@ -206,6 +212,61 @@ class _PooledConnection(kombu.connection.PooledConnection, Connection):
 class _Pool(kombu.connection.ConnectionPool):
     def new(self) -> _PooledConnection:
         return _PooledConnection(self, **dict(self.connection._info(resolve=False)))
+
+
+class Broker(Protocol):
+    """What the hardening layer asks of a broker."""
+
+    exchange: str
+
+    def configuration(self) -> dict[str, Any]:
+        """Return the Celery settings that must hold."""
+
+
+class RabbitMQ:
+    """A topic exchange of the application's own, quorum queues, login by certificate, confirmed publishing."""
+
+    def __init__(self, settings: Settings, topology: Topology, own: Identity) -> None:
+        self._settings, self._topology, self._own = settings, topology, own
+        self.exchange = topology.exchange
+
+    def configuration(self) -> dict[str, Any]:
+        """Return the Celery settings that must hold."""
+        exchange = Exchange(self.exchange, type="topic", no_declare=True)
+        return {
+            **address(self._settings.broker_address()),
+            "broker_use_ssl": self._settings.tls.amqp(),
+            "broker_login_method": "EXTERNAL",  # by certificate; the name is only for logs
+            "broker_user": self._topology.account(self._own.account),
+            "broker_transport_options": {"confirm_publish": True},
+            **queues(self._topology, exchange, {"x-queue-type": "quorum"}),
+            "worker_detect_quorum_queues": True,
+        }
+
+
+def address(url: str) -> dict[str, Any]:
+    """The broker's address, for every use that Celery knows."""
+    return dict.fromkeys(("broker_url", "broker_read_url", "broker_write_url"), url)
+
+
+def queues(topology: Topology, exchange: Exchange, arguments: dict[str, Any] | None) -> dict[str, Any]:
+    """Declared by the operator (topology.toml); no account may declare anything."""
+    return {
+        "task_queues": [
+            Queue(
+                queue.broker_name,
+                exchange,
+                alias=queue.name,
+                routing_key=queue.broker_name,
+                queue_arguments=arguments,
+                no_declare=True,
+            )
+            for queue in topology.queues
+        ],
+        "task_default_exchange": exchange.name,
+        "task_default_exchange_type": exchange.type,
+        "task_create_missing_queues": False,
+    }
 
 
 def strip_compression(headers: Any) -> MessageRefused | None:

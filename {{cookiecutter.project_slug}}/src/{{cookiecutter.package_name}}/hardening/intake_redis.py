@@ -2,7 +2,8 @@
 
 Guards against: a pushed ``garbage`` or ``[1]`` that ends the worker while it is parsed; a delivery tag, routing key or
 redelivered flag that the sender chose, which would acknowledge another message or send a retry elsewhere; a broken
-entry in the shared ``unacked`` hash that ends every worker that tries to restore it.
+entry in the shared ``unacked`` hash that ends every worker that tries to restore it; a message that is lost with its
+worker, or kept from the next one for an hour.
 Rests on: every popped item being rebuilt here before kombu sees it. Redis cannot say who pushed it, so nothing of it is
 believed but its body and content type, which the gate judges.
 Controls: INT-1, SER-3, BRK-2, TLS-1.
@@ -15,17 +16,26 @@ import binascii
 import json
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any, ClassVar
 
 import redis
+from kombu import Exchange
 from kombu.transport import redis as kombu_redis
 
 from .errors import MessageRefused, Unparseable
-from .intake import strip_compression
+from .identity import Identity
+from .intake import address, queues, strip_compression
 from .redis_tls import VerifiedSSLConnection
+from .settings import Settings
+from .topology import Topology
 
+#: Seconds after which Redis gives away what a worker holds that no longer says that it lives.
+VISIBILITY_TIMEOUT = 60
+#: Seconds to wait for any answer of Redis. No connection hangs on a server that has stopped.
+ANSWER_TIMEOUT = 10
 #: A count that no honest message reaches. Whoever may push to a queue may choose it, and shorten or prolong its own
 #: message's way to the dead letters.
 _MANY = 1_000
@@ -100,8 +110,17 @@ class _QoS(kombu_redis.QoS):
     """Keeps this worker's unacknowledged messages its own while it lives, so that a short timeout is enough.
 
     kombu's lock around the search for lost ones is left out: when its holder is killed it stays for five minutes, and
-    each transaction watches what it changes anyway.
+    each transaction watches what it changes anyway. Without memory, which a sender can fill, Redis refuses every
+    transaction: so acknowledging is none, and giving back waits.
     """
+
+    @contextmanager
+    def pipe_or_acquire(self, pipe: Any = None, client: Any = None) -> Iterator[Any]:
+        if pipe:
+            yield pipe
+        else:
+            with self.channel.conn_or_acquire(client) as connected:
+                yield connected.pipeline(transaction=False)
 
     def append(self, message: Any, delivery_tag: str) -> None:
         try:
@@ -112,7 +131,7 @@ class _QoS(kombu_redis.QoS):
 
     def restore_visible(self, start: int = 0, num: int | None = None, interval: int = 0) -> None:
         now = time.time()
-        # Without memory nothing can be pushed back, and nobody else can take what is not renewed.
+        # Not renewed, but nobody can take it either.
         with suppress(redis.exceptions.OutOfMemoryError), self.channel.conn_or_acquire() as client:
             if self._delivered:
                 client.zadd(self.unacked_index_key, dict.fromkeys(self._delivered, now), xx=True)
@@ -125,6 +144,8 @@ class _QoS(kombu_redis.QoS):
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> Any:
         try:
             return super().restore_by_tag(tag, client, leftmost)
+        except redis.exceptions.OutOfMemoryError:
+            return None  # still noted: it is given back when there is memory
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, redis.exceptions.NoPermissionError):
             # Another worker's entry may be anything, also one for a queue that is not ours.
             return self._remove_from_indices(tag).execute()
@@ -184,3 +205,34 @@ class RedisTransport(kombu_redis.Transport):
     """Redis over TLS, with the intake."""
 
     Channel = _Channel
+
+
+class Redis:
+    """One list for each queue, and what a pool's workers hold in a hash of the pool's own."""
+
+    exchange = ""
+
+    def __init__(self, settings: Settings, topology: Topology, own: Identity) -> None:
+        self._settings, self._topology, self._own = settings, topology, own
+
+    def configuration(self) -> dict[str, Any]:
+        """Return the Celery settings that must hold."""
+        held, since = self._topology.held(self._own.account)
+        return {
+            **address(self._settings.broker_address()),
+            "broker_use_ssl": self._settings.tls.redis(),
+            "broker_transport_options": {
+                "visibility_timeout": VISIBILITY_TIMEOUT,
+                "unacked_restore_interval": VISIBILITY_TIMEOUT / 6,
+                "unacked_key": held,
+                "unacked_index_key": since,
+                "dead_queue": self._topology.dead,
+                "quarantine_queue": self._topology.quarantine,
+                "delivery_limits": {queue.broker_name: queue.delivery_limit for queue in self._topology.queues},
+                "priority_steps": [0],  # one list for each queue: a list for each priority would be a key more to guard
+                "socket_connect_timeout": 5,
+                "socket_timeout": ANSWER_TIMEOUT,
+                "socket_keepalive": True,
+            },
+            **queues(self._topology, Exchange("", type="direct", no_declare=True), None),
+        }
