@@ -488,6 +488,29 @@ def test_a_message_that_is_too_large_is_refused_at_the_call(service: Service) ->
     assert list(service.deliveries()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "leaf"),
+    [
+        ({"headers": {"trace": {"nested": 1}}}, errors.BadShape),
+        ({"headers": {"trace": [1]}}, errors.BadShape),
+        ({"task_id": "a\nb"}, errors.BadShape),
+        ({"shadow": "x" * 256}, errors.BadShape),
+        ({"priority": 256}, errors.BadShape),
+        ({"time_limit": -1}, errors.BadShape),
+        ({"stamped_headers": ["shadow"], "shadow": "x"}, errors.BadShape),
+        ({"countdown": 10**8}, errors.DelayTooLong),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.__name__,
+)
+def test_what_a_gate_would_not_take_is_refused_at_the_call(
+    service: Service, options: dict[str, Any], leaf: type[Exception]
+) -> None:
+    """Its caller would wait for a result for ever: a message without a sound shape has nobody to answer to."""
+    with pytest.raises(leaf):
+        service.client.app.send_task(documents.checksum.name, ("x",), **options)
+    assert list(service.deliveries()) == []
+
+
 def test_an_argument_without_a_json_form_is_refused_at_the_call(service: Service) -> None:
     with pytest.raises(EncodeError):
         service.send(documents.checksum, object())
