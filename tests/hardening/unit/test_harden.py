@@ -497,7 +497,6 @@ def test_a_message_that_is_too_large_is_refused_at_the_call(service: Service) ->
         ({"shadow": "x" * 256}, errors.BadShape),
         ({"priority": 256}, errors.BadShape),
         ({"time_limit": -1}, errors.BadShape),
-        ({"stamped_headers": ["shadow"], "shadow": "x"}, errors.BadShape),
         ({"countdown": 10**8}, errors.DelayTooLong),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.__name__,
