@@ -374,6 +374,15 @@ def test_the_applications_amqp_class_stays_in_the_chain(worker: Settings) -> Non
         assert isinstance(app.amqp, producer.SigningAMQP)
 
 
+def test_a_subclass_that_brings_its_own_result_backend_is_found(worker: Settings) -> None:
+    class App(Celery):
+        backend_cls = "redis://plain"
+
+    app = App("sub", set_as_current=False)
+    hardening.harden(app, worker)
+    assert _refused(app).setting == "result_backend"
+
+
 def test_a_subclass_of_celery_is_hardened(worker: Settings) -> None:
     class App(Celery):
         task_cls = OwnTask
