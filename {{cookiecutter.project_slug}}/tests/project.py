@@ -3,7 +3,7 @@
 from . import throw_away
 
 with throw_away():
-    from {{ cookiecutter.package_name }} import hardening
+    from {{ cookiecutter.package_name }} import hardening, tasks
     from {{ cookiecutter.package_name }}.hardening import (
         audit,
         canvas,
@@ -56,6 +56,7 @@ __all__ = [
     "render",
     "results",
     "strict",
+    "tasks",
     "tls",
     "topology",
     "trust",
