@@ -20,7 +20,8 @@ def table(report: list[dict[str, Any]]) -> str:
     fallen = {target: sum(row[target] == "succeeded" for row in report) for target in ("stock", "ours")}
     return "\n".join(
         (
-            f"{len(report)} attacks: {fallen['stock']} succeed on stock Celery, {fallen['ours']} on a generated project.",
+            f"{len(report)} attacks: {fallen['stock']} succeed on stock Celery, "
+            f"{fallen['ours']} on a generated project.",
             "",
             "| id | the attacker's goal | needs | stock | ours |",
             "|---|---|---|---|---|",

@@ -91,5 +91,5 @@ def bake_again(workshop: Path, answers: Mapping[str, str] | None = None) -> Path
     if environment.is_dir():
         environment.rename(project / ".venv")
     shutil.copytree(HARDENING, project / "tests" / HARDENING.name, ignore=LEFTOVERS)
-    shutil.copytree(TEMPLATE / "docs", project / "docs")  # tested to the letter
+    shutil.copytree(TEMPLATE / "docs", project / "docs", dirs_exist_ok=True)  # tested to the letter
     return project

@@ -9,3 +9,8 @@ error and proves nothing.
 Read `no_key.py` first; the other three modules assume more of the attacker, in the order `seen.py`, `signer.py`,
 `backend.py`. Everything here starts its own servers on loopback and attacks only those.
 """
+
+from pathlib import Path
+
+PACKAGE = next((Path(__file__).resolve().parents[1] / "src").glob("*/hardening/__init__.py")).parents[1].name
+"""The project's package. Found, not written down: no file here needs to know its name."""

@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from stack import Stack
 from stack.pki import Pair
 
+from . import PACKAGE
 from .target import Target
-from .targets import PACKAGE
 from .wire import Message
 
 _TASK, _RESULT = "celery-task+jws", "celery-result+jws"

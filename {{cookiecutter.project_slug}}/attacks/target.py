@@ -210,6 +210,9 @@ class Target(ABC):
 
     def answer(self, task_id: str) -> Any:
         """What a caller gets: the result, or the name of the error that ends its wait."""
+        self.app.backend.result_consumer.stop()
+        self.app._backend_cache = None  # a caller who has not heard of the task: nothing remembered, nothing buffered
+        vars(self.app._local).pop("backend", None)
         try:
             return self.app.AsyncResult(task_id).get(timeout=2, interval=0.05)
         except Exception as error:

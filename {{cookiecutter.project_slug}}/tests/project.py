@@ -3,7 +3,7 @@
 from . import throw_away
 
 with throw_away():
-    from {{ cookiecutter.package_name }} import hardening
+    from {{ cookiecutter.package_name }} import hardening, tasks
     from {{ cookiecutter.package_name }}.hardening import (
         audit,
         canvas,
@@ -23,7 +23,6 @@ with throw_away():
         policy,
         producer,
         quarantine,
-        redis_tls,
         render,
         results,
         strict,
@@ -56,10 +55,10 @@ __all__ = [
     "policy",
     "producer",
     "quarantine",
-    "redis_tls",
     "render",
     "results",
     "strict",
+    "tasks",
     "tls",
     "topology",
     "trust",

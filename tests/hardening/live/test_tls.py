@@ -23,7 +23,7 @@ from stack.pki import Pair
 from stack.process import wait_until
 from stack.record import free_ports
 
-from ...project import hardening, redis_tls, tls
+from ...project import hardening, tls
 from ...service import ROOT
 from .relay import Relay, presents
 from .servers import PROTOCOLS, REASONS, REFUSED, Reached, Servers, reach
@@ -139,7 +139,7 @@ class TestProtocol:
     def test_a_plain_text_server_is_refused_and_learns_nothing(
         self, servers: Servers, protocol: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(redis_tls, "HANDSHAKE_TIMEOUT", 1.0)
+        monkeypatch.setattr(tls, "HANDSHAKE_TIMEOUT", 1.0)
         with servers.relay(protocol) as relay:
             with pytest.raises(REFUSED, match=r"(?i)wrong.version.number|is it a plain-text port"):
                 servers.ours(protocol, relay.port)

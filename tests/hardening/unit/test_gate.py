@@ -342,7 +342,7 @@ NOW = int(certificates.NOW.timestamp())
         ("task.name", FORBIDDEN, "policy.denied"),
         ("task.name", "celery.backend_cleanup", "policy.denied"),
         ("task.name", "celery.chord_unlock", "policy.denied"),
-        ("task.eta", "2999-01-01T00:00:00", "message.shape"),
+        ("task.eta", "2999-01-01T00:00:00", "message.delay"),
         ("task.eta", "never", "message.shape"),
         ("task.retries", -1, "message.shape"),
         ("task.timelimit", [1, 2, 3], "message.shape"),
@@ -493,7 +493,7 @@ def test_a_countdown_within_the_limit_lengthens_the_lifetime_by_itself(desk: Des
     admitted = desk.service.gate.admit(delivered(desk.sign(fields), content_type=envelope.CONTENT_TYPE))
     assert datetime.fromisoformat(admitted.headers["eta"]).timestamp() == pytest.approx(time.time() + 3600, abs=5)
     beyond = (datetime.now(UTC) + timedelta(seconds=limits.message_max_delay + 60)).isoformat()
-    assert desk.refusal(desk.sign(_changed(fields, "task.eta", beyond)))["code"] == "message.shape"
+    assert desk.refusal(desk.sign(_changed(fields, "task.eta", beyond)))["code"] == "message.delay"
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------

@@ -374,6 +374,15 @@ def test_the_applications_amqp_class_stays_in_the_chain(worker: Settings) -> Non
         assert isinstance(app.amqp, producer.SigningAMQP)
 
 
+def test_a_subclass_that_brings_its_own_result_backend_is_found(worker: Settings) -> None:
+    class App(Celery):
+        backend_cls = "redis://plain"
+
+    app = App("sub", set_as_current=False)
+    hardening.harden(app, worker)
+    assert _refused(app).setting == "result_backend"
+
+
 def test_a_subclass_of_celery_is_hardened(worker: Settings) -> None:
     class App(Celery):
         task_cls = OwnTask
@@ -485,6 +494,28 @@ def test_a_queue_that_the_topology_has_not_is_refused_at_the_call(service: Servi
 def test_a_message_that_is_too_large_is_refused_at_the_call(service: Service) -> None:
     with pytest.raises(errors.TooLarge):
         service.send(documents.checksum, "x" * service.client.app.hardening.settings.message_max_bytes)
+    assert list(service.deliveries()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "leaf"),
+    [
+        ({"headers": {"trace": {"nested": 1}}}, errors.BadShape),
+        ({"headers": {"trace": [1]}}, errors.BadShape),
+        ({"task_id": "a\nb"}, errors.BadShape),
+        ({"shadow": "x" * 256}, errors.BadShape),
+        ({"priority": 256}, errors.BadShape),
+        ({"time_limit": -1}, errors.BadShape),
+        ({"countdown": 10**8}, errors.DelayTooLong),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.__name__,
+)
+def test_what_a_gate_would_not_take_is_refused_at_the_call(
+    service: Service, options: dict[str, Any], leaf: type[Exception]
+) -> None:
+    """Its caller would wait for a result for ever: a message without a sound shape has nobody to answer to."""
+    with pytest.raises(leaf):
+        service.client.app.send_task(documents.checksum.name, ("x",), **options)
     assert list(service.deliveries()) == []
 
 

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from celery import Celery
 
-from . import PACKAGE
+from .. import PACKAGE
 
 hardening = import_module(f"{PACKAGE}.hardening")
 

@@ -194,6 +194,13 @@ class FromTheFuture(MessageRefused):
     fix = "Synchronise the clocks of producer and worker."
 
 
+class DelayTooLong(MessageRefused):
+    """The message is to wait longer than workers accept."""
+
+    code = "message.delay"
+    fix = "Send it nearer to its time, or raise `message_max_delay` in producer and worker."
+
+
 class UnknownTask(MessageRefused):
     """No task of that name is registered here."""
 

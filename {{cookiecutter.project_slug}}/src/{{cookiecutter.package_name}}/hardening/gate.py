@@ -16,6 +16,7 @@ from .claims import TaskClaims, request_headers, utc
 from .envelope import CONTENT_TYPE, Type
 from .errors import (
     BadShape,
+    DelayTooLong,
     Expired,
     FromTheFuture,
     GateFailed,
@@ -104,7 +105,9 @@ class Gate:
         if claims.iat > now + skew:
             raise FromTheFuture
         start = max(claims.iat, utc(task.eta).timestamp() if task.eta else 0)
-        if start > claims.iat + settings.message_max_delay or claims.exp > start + settings.message_max_age + 1:
+        if start > claims.iat + settings.message_max_delay:
+            raise DelayTooLong
+        if claims.exp > start + settings.message_max_age + 1:
             raise BadShape("exp")
         if claims.exp < now - skew:
             raise Expired

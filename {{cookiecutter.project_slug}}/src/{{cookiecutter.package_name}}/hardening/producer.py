@@ -18,7 +18,7 @@ from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE
 
 from . import claims, codec, intake, ownership
 from .envelope import CONTENT_TYPE, Type
-from .errors import ConfigurationRefused, TooLarge
+from .errors import ConfigurationRefused, DelayTooLong, TooLarge
 
 if TYPE_CHECKING:
     from celery.app.amqp import AMQP
@@ -47,7 +47,7 @@ class TaskProducer:
 
         Raises:
             kombu.exceptions.EncodeError: an argument has no JSON form.
-            TooLarge: the worker would refuse it for its size.
+            TooLarge, BadShape, DelayTooLong: the worker would refuse it.
             ConfigurationRefused: the message's queue is not in the topology.
             amqp.exceptions.ChannelError: the broker refuses it or cannot route it (mandatory, confirmed).
             kombu.exceptions.OperationalError: the broker cannot be reached, or does not confirm the message.
@@ -78,25 +78,26 @@ class TaskProducer:
         now = int(time.time())
         task = claims.task_fields(headers, options)
         eta = claims.utc(task["eta"]).timestamp() if "eta" in task else now
-        return signer.sign(
-            Type.TASK,
-            codec.encode(
-                {
-                    "iss": str(signer.identity),
-                    "aud": signer.identity.audience,
-                    "iat": now,
-                    "exp": int(max(now, eta)) + self._hardening.settings.message_max_age,
-                    "jti": claims.new_id(),
-                    "origin": ownership.origin(signer.identity, headers["id"], headers["task"]),
-                    "owner": ownership.owner(signer.identity),
-                    "queue": self._queue(options.get("routing_key")),
-                    "task": task,
-                    "args": args,
-                    "kwargs": kwargs,
-                    "embed": embed,
-                }
-            ),
+        if eta > now + self._hardening.settings.message_max_delay:
+            raise DelayTooLong
+        payload = codec.encode(
+            {
+                "iss": str(signer.identity),
+                "aud": signer.identity.audience,
+                "iat": now,
+                "exp": int(max(now, eta)) + self._hardening.settings.message_max_age,
+                "jti": claims.new_id(),
+                "origin": ownership.origin(signer.identity, headers["id"], headers["task"]),
+                "owner": ownership.owner(signer.identity),
+                "queue": self._queue(options.get("routing_key")),
+                "task": task,
+                "args": args,
+                "kwargs": kwargs,
+                "embed": embed,
+            }
         )
+        claims.TaskClaims.parse(payload)  # what a gate would not take is refused here, where somebody hears of it
+        return signer.sign(Type.TASK, payload)
 
     def _queue(self, routing_key: Any) -> str:
         queue = _DELAY_PREFIX.sub("", str(routing_key), count=1)

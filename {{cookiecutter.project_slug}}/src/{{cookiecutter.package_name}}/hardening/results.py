@@ -27,7 +27,7 @@ from . import audit, codec, ownership
 from .envelope import Type, Verified
 from .errors import BadShape, ForeignResult, MessageRefused, WrongAudience
 from .identity import Role
-from .redis_tls import VerifiedSSLConnection
+from .tls import VerifiedSSLConnection
 
 if TYPE_CHECKING:
     from celery.backends.base import BaseKeyValueStoreBackend as Backend

@@ -3,7 +3,8 @@
 Guards against: connections that look protected and are not. Celery's own ways of asking for TLS verify no
 host name (``amqps://``, ``broker_use_ssl=True``), nothing at all (``rediss://`` as a broker, an
 ``ssl_version`` in the options) or do not encrypt (``broker_use_ssl=True`` with Redis), and a parameter in a
-URL overrides the settings.
+URL overrides the settings. redis-py *adds* the CA to the operating system's store, so that any public CA could vouch
+for the server, and waits for ever for a handshake.
 Rests on: explicit options for each driver, the server's name taken from the URL, URLs that carry an address
 and nothing else. ``server_hostname: None`` means the URL's host, and kombu writes the first one into the
 dictionary it was given: the connection class must give every (re)connection a copy of its own.
@@ -12,6 +13,7 @@ Controls: TLS-1, TLS-2, TLS-3.
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import redis
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -39,6 +42,9 @@ CIPHERS = ":".join((
     "ECDHE-ECDSA-AES128-GCM-SHA256",
     "ECDHE-RSA-AES128-GCM-SHA256",
 ))  # fmt: skip
+
+#: Seconds. A server that speaks no TLS may take Redis's greeting for a long line, and wait for its end.
+HANDSHAKE_TIMEOUT = 5.0
 
 CA_SETTING = "SECURE_CELERY_TLS_CA"
 CERTIFICATE_SETTING = "SECURE_CELERY_TLS_CERTIFICATE"
@@ -91,8 +97,8 @@ class TLS:
     def redis(self) -> dict[str, Any]:
         """Options of redis-py for ``redis_backend_use_ssl``, and ``broker_use_ssl`` with a ``rediss://`` URL.
 
-        redis-py adds ``ssl_ca_certs`` to the system's store instead of replacing it: ``redis_tls`` has the
-        connection class that trusts nothing else.
+        redis-py adds ``ssl_ca_certs`` to the system's store instead of replacing it: the class
+        ``VerifiedSSLConnection`` trusts nothing else.
         """
         return {
             "ssl_cert_reqs": ssl.CERT_REQUIRED,
@@ -232,3 +238,31 @@ def _text(path: Path | None) -> str | None:
 
 def _refuse(setting: str, reason: str, fix: str) -> ConfigurationRefused:
     return ConfigurationRefused(setting, reason, fix, "config.tls")
+
+
+class VerifiedSSLConnection(redis.SSLConnection):
+    """A TLS connection whose verification no option, URL parameter or default can weaken.
+
+    Celery's Redis backend takes its connection class from ``connection_class_ssl``, and for ``rediss://``
+    from ``_params_from_url``: a subclass of the backend has to name this class in both places.
+    """
+
+    def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # CERT_REQUIRED, and the host name is checked
+        context.minimum_version = MINIMUM_VERSION
+        context.set_ciphers(CIPHERS)
+        if self.ca_certs is None:
+            context.load_default_certs()
+        else:
+            context.load_verify_locations(self.ca_certs)
+        if self.certfile is not None:
+            context.load_cert_chain(self.certfile, self.keyfile)
+        sock.settimeout(HANDSHAKE_TIMEOUT)
+        try:
+            protected = context.wrap_socket(sock, server_hostname=self.host)
+        except TimeoutError:
+            raise redis.ConnectionError(
+                f"{self.host}:{self.port} began no TLS handshake in {HANDSHAKE_TIMEOUT:.0f} s: is it a plain-text port?"
+            ) from None
+        protected.settimeout(self.socket_timeout)
+        return protected
