@@ -28,7 +28,7 @@ from kombu.transport import redis as kombu_redis
 from .errors import MessageRefused, Unparseable
 from .identity import Identity
 from .intake import address, queues, strip_compression
-from .redis_tls import VerifiedSSLConnection
+from .tls import VerifiedSSLConnection
 from .settings import Settings
 from .topology import Topology
 
