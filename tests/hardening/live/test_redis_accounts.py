@@ -12,6 +12,8 @@ import redis
 
 from stack import Stack
 
+from .relay import Relay, presents
+from .servers import REASONS, REFUSED, Servers
 from .test_stack import backend
 
 pytestmark = pytest.mark.broker("redis")
@@ -150,3 +152,19 @@ def test_a_password_is_for_one_role_and_one_server(servers: Stack, application: 
     ):
         with pytest.raises(redis.AuthenticationError), client:
             client.ping()
+
+
+@pytest.mark.parametrize("wrong", [None, *REASONS])
+def test_the_certificate_of_the_broker_is_verified(servers: Stack, wrong: str | None) -> None:
+    known = Servers(servers)
+    port = urlsplit(known.settings["broker_url"]).port or 0
+    with Relay(port, known.client, presents(known.certificates[wrong or "right"])) as relay:
+        app = known.hardened(broker_url=f"rediss://{known.account}@127.0.0.1:{relay.port}/0")
+        connection = app.connection_for_write()
+        if wrong is None:
+            assert connection.default_channel.client.ping()
+            return
+        with pytest.raises(REFUSED, match=REASONS[wrong]):
+            connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
+        assert b"AUTH" not in relay.received
+        assert known.password.encode() not in relay.received

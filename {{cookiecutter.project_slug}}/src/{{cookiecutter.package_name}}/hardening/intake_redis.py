@@ -28,8 +28,8 @@ from kombu.transport import redis as kombu_redis
 from .errors import MessageRefused, Unparseable
 from .identity import Identity
 from .intake import address, queues, strip_compression
-from .tls import VerifiedSSLConnection
 from .settings import Settings
+from .tls import VerifiedSSLConnection
 from .topology import Topology
 
 #: Seconds after which Redis gives away what a worker holds that no longer says that it lives.
