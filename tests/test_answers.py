@@ -205,7 +205,7 @@ def test_template_syntax_that_was_typed_is_refused_too(template: Path, tmp_path:
     with sandbox() as folder:
         configuration = tmp_path / "config.yaml"
         configuration.write_text(f"replay_dir: {tmp_path}/replay\ncookiecutters_dir: {tmp_path}/templates\n")
-        typed = "\n\n\n{{ 7 * 7 }}\n\n1\n"
+        typed = "\n\n\n{{ 7 * 7 }}\n\n1\n1\n"
         arguments = [str(template), "--config-file", str(configuration)]
         done = CliRunner().invoke(command, arguments, input=typed)
         assert done.exit_code == 1
