@@ -45,7 +45,7 @@ TAKEN = frozenset(
     click click_didyoumean click_plugins click_repl prompt_toolkit wcwidth dateutil six tzdata tzlocal
     async_timeout annotated_types typing_extensions typing_inspection packaging pycparser
     py pytest pytest_timeout pluggy iniconfig pygments hypothesis sortedcontainers
-    ruff mypy mypyc mypy_extensions pathspec librt uv
+    ruff mypy mypyc mypy_extensions pathspec librt uv tomlkit
     ast_serialize django asgiref sqlparse jwt joserfc pip setuptools wheel pkg_resources
     """.split()
 )
