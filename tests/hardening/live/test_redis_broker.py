@@ -170,6 +170,28 @@ def test_a_worker_that_lives_keeps_its_message_longer_than_the_timeout(running: 
     assert running.count(f"{key}.started") == 1
 
 
+def test_a_broker_that_was_killed_has_forgotten_nothing(running: Running, key: str) -> None:
+    """Transactions too: what was acknowledged or given up stays so."""
+
+    def state() -> list[str]:
+        held = sorted(running.stack.redis_broker("HKEYS", "everything:batch:unacked").split())
+        lists = (running.stack.redis_broker("LRANGE", f"everything.{name}", "0", "-1") for name in ("dead", "slow"))
+        return [*held, running.stack.redis_broker("ZRANGE", "everything:batch:unacked_index", "0", "-1"), *lists]
+
+    with running.batch():
+        dead = running.length("dead")
+        running.task("die").apply_async((key,), queue="slow")
+        assert within(SOON, lambda: running.length("dead") == dead + 1)
+    running.task("effect").apply_async((f"{key}.waits",), queue="slow")
+    before = state()
+    with running.stack.without("redis-broker"):
+        pass
+    assert state() == before
+    with running.batch():
+        assert running.happens(f"{key}.waits")
+    assert running.count(key) == 3
+
+
 def test_what_is_taken_from_a_broker_without_memory_runs(running: Running, key: str) -> None:
     running.worker.stop()
     push(running, b"garbage")

@@ -229,15 +229,17 @@ def test_the_chosen_broker_is_rendered_and_no_other() -> None:
 
 
 def test_nobody_can_log_in_with_the_committed_broker_acl() -> None:
-    for line in render.broker_acl_text(REDIS).splitlines():
+    default, *accounts = render.broker_acl_text(REDIS).splitlines()
+    assert default.startswith("user default off resetpass resetkeys ")
+    for line in accounts:
         assert " resetpass resetkeys resetchannels -@all" in line
         assert not re.search(r"nopass|[#>!]|allkeys|allcommands|allchannels|\+@|&|~\*", line)
-    assert render.broker_acl_text(REDIS).startswith("user default off ")
 
 
 def test_every_key_of_the_broker_is_named_in_full() -> None:
     names = "default|dead|quarantine"
-    for key in re.findall(r"~([^ )]+)", render.broker_acl_text(REDIS)):
+    _, accounts = render.broker_acl_text(REDIS).split("\n", 1)
+    for key in re.findall(r"~([^ )]+)", accounts):
         assert re.fullmatch(rf"{APPLICATION}(\.({names})|:worker:unacked(_index)?)", key)
 
 

@@ -241,8 +241,15 @@ def acl_text(topology: Topology) -> str:
 
 
 def broker_acl_text(topology: Topology) -> str:
-    """The ACL file of a Redis that is the broker: a server of its own, so that no right reaches the results too."""
-    return "user default off resetpass resetkeys resetchannels -@all\n" + "".join(
+    """The ACL file of a Redis that is the broker: a server of its own, so that no right reaches the results too.
+
+    When it starts again, Redis checks each transaction of its append-only file against `default`, and leaves out what
+    that may not do: acknowledged messages would run again, and dead letters be gone. So `default`, as which nobody can
+    log in, may write to the application's keys.
+    """
+    own = topology.application
+    loads = f"~{own}.* ~{own}:* resetchannels -@all +@write +multi +exec"
+    return f"user default off resetpass resetkeys {loads}\n" + "".join(
         f"user {topology.account(role.name)} on resetpass resetkeys resetchannels -@all {rules}\n"
         for role in topology.accounts.values()
         for rules in (" ".join(_broker_rules(topology, role)),)
