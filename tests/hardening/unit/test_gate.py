@@ -577,6 +577,35 @@ def test_a_retry_cannot_be_made_to_send_another_task_with_the_workers_rights(des
         assert desk.refusal(desk.sign(fields))["code"] == "message.shape"
 
 
+def _signature(task: str, **options: Any) -> dict[str, Any]:
+    return {"task": task, "args": [], "kwargs": {}, "options": options, "subtask_type": None, "immutable": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"embed": {place: [_signature(FORBIDDEN)]}} for place in ("callbacks", "errbacks", "chain")),
+        {"embed": {"chord": _signature(FORBIDDEN)}},
+        {"embed": {"callbacks": [_signature(PROBE, link=[_signature(FORBIDDEN)])]}},
+        {"embed": {"errbacks": [_signature(PROBE, chain=[_signature(FORBIDDEN)])]}},
+    ],
+    ids=lambda changes: json.dumps(changes["embed"])[:30],
+)
+def test_a_message_cannot_name_a_task_that_its_signer_may_not_send(desk: Desk, changes: dict[str, Any]) -> None:
+    """Stock Celery has the worker sign and send it, with the worker's rights (F9)."""
+    assert desk.refusal(desk.sign(desk.claims() | changes))["code"] == "policy.denied"
+
+
+def test_a_callbacks_own_headers_cannot_rename_it_on_its_way(desk: Desk) -> None:
+    """What a worker sends for a message has its origin, and is judged again for it."""
+    renamed = _signature(PROBE, headers={"task": FORBIDDEN})
+    desk.service.publish(desk.sign(desk.claims() | {"embed": {"callbacks": [renamed]}}))
+    assert desk.service.work() == 1
+    assert [record["code"] for record in desk.service.quarantined()] == ["policy.denied"]
+    assert [request["task"] for request in desk.seen] == [PROBE]
+    desk.seen.clear()
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -142,6 +142,20 @@ def test_the_original_is_acknowledged_only_after_its_record_was_stored(
     assert channel.fate == ["acknowledged"]
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_message_that_celery_has_acknowledged_already_is_not_acknowledged_twice(
+    service: Service, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    channel = Channel()
+    message = delivered(b"x", channel)
+    message.ack()
+    if not stored:
+        monkeypatch.setattr(quarantine.Quarantine, "_publish", _broken)
+    service.gate._quarantine.store(message, errors.NotHandled())
+    assert channel.fate == ["acknowledged"]
+    assert len(service.quarantined()) == stored
+
+
 def _broken(*_: Any, **__: Any) -> None:
     raise ConnectionResetError("swordfish")
 
