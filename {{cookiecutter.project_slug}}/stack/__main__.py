@@ -43,9 +43,9 @@ def _print_status(stack: Stack) -> int:
         return 3
     for process, port in rows:
         where = f"127.0.0.1:{port}" if port else ""
-        print(f"{process.name:10} {'up' if process.alive() else 'ENDED':6} {process.pid:>8}  {where:16} {process.log}")
+        print(f"{process.name:12} {'up' if process.alive() else 'ENDED':6} {process.pid:>8}  {where:16} {process.log}")
     for file in sorted(stack.folder.glob("*.env")):
-        print(f"{file.stem:10} settings                          {file}")
+        print(f"{file.stem:12} settings                          {file}")
     return 0 if all(process.alive() for process, _ in rows) else 3
 
 

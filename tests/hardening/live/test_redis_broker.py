@@ -9,9 +9,12 @@ from __future__ import annotations
 import base64
 import json
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
+
+from stack.backend import ADMINISTRATOR
 
 from .everything import within
 from .running import SOON, Running
@@ -61,7 +64,7 @@ GARBAGE: dict[str, bytes] = {
     "null": b"null",
     "an empty object": b"{}",
     "bytes": b"\xff\xfe\x00",
-    "a body that is a number": b'{"body": 1, "properties": {}, "headers": {}}',
+    "a body that is a number": b'{"body": 1, "properties": {"body_encoding": "base64", "delivery_tag": "1"}}',
     "headers that are a list": b'{"body": "x", "properties": {"delivery_tag": "1"}, "headers": [1]}',
     "properties that are a list": b'{"body": "x", "properties": [1], "headers": {}}',
     "no properties": b'{"body": "x", "headers": {}}',
@@ -81,6 +84,20 @@ def test_garbage_is_quarantined_and_the_worker_lives(running: Running, kind: str
     push(running, GARBAGE[kind])
     assert serves(running)
     assert within(SOON, lambda: running.length("quarantine") == before + 1)
+
+
+@pytest.mark.parametrize("kind", ["a word", "a list", "headers that are a list", "a body that is a number"])
+def test_the_same_garbage_ends_a_worker_of_stock_celery(running: Running, kind: str) -> None:
+    own = running.stack.environment("worker")
+    port = urlsplit(own["SECURE_CELERY_BROKER_URL"]).port
+    password = (running.stack.folder / f"redis-broker/{ADMINISTRATOR}.password").read_text(encoding="utf-8")
+    environment = {**own, "STOCK_BROKER": f"rediss://{ADMINISTRATOR}:{password}@127.0.0.1:{port}/0"}
+    worker = running.stack.start_worker(f"{__package__}.stock:app", environment, "stock")
+    try:
+        running.stack.redis_broker("LPUSH", "stock", GARBAGE[kind].decode())
+        assert within(SOON, lambda: not worker.alive())
+    finally:
+        worker.stop()
 
 
 def test_a_message_is_what_was_signed_whatever_is_written_around_it(running: Running, key: str) -> None:
