@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from celery import Celery
-from celery.worker.request import Request
+from celery.backends.cache import _DUMMY_CLIENT_CACHE
 from kombu import Exchange, Queue
 
 from stack.pki import Pki
 
 from . import ROOT, SELF
-from .project import Settings, codec, envelope, gate, hardening, identity, intake
+from .project import Settings, codec, consumer, envelope, gate, hardening, identity, intake
 
 ENVIRONMENT = "development"
 
@@ -57,6 +57,8 @@ class Service:
         self.client = self.party("client")
         self.worker = self.party("worker")
         self.rules = self.worker.app.hardening.topology
+        self.worker.app.hardening.check(self.worker.app)  # as a worker does before it starts
+        _DUMMY_CLIENT_CACHE.clear()
         self.gate = gate.Gate(self.worker.app, self.worker.app.hardening)
         intake.MemoryTransport.global_state.clear()
         self._channel = self.worker.app.connection_for_read().channel()
@@ -112,7 +114,7 @@ class Service:
         if admitted is None:
             return False
         app = self.worker.app
-        Request(
+        consumer.HardenedRequest(
             admitted,
             app=app,
             task=app.tasks[admitted.headers["task"]],
