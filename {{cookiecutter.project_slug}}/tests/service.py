@@ -63,9 +63,12 @@ class Service:
         intake.MemoryTransport.global_state.clear()
         self._channel = self.worker.app.connection_for_read().channel()
         self._channel.queues.clear()
-        exchange = Exchange(self.rules.exchange, type="topic")
-        names = [*(queue.broker_name for queue in self.rules.queues), self.rules.quarantine, self.rules.dead]
-        self._queues = {name: Queue(name, exchange, routing_key=name)(self._channel) for name in names}
+        names = dict.fromkeys((queue.broker_name for queue in self.rules.queues), self.rules.exchange)
+        names |= {name: name for name in (self.rules.quarantine, self.rules.dead)}
+        self._queues = {
+            name: Queue(name, Exchange(exchange, type="topic"), routing_key=name)(self._channel)
+            for name, exchange in names.items()
+        }
         for queue in self._queues.values():
             queue.declare()
 

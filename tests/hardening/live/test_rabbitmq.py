@@ -101,9 +101,11 @@ def read(queue: str) -> Callable[[Any, str], None]:
 ACTIONS: dict[str, Callable[[Any, str], None]] = {
     "send": publish("{}", "{}.default"),
     "send later": publish("celery_delayed_27", DELAYED + "{}.default"),
-    "quarantine": publish("{}", "{}.quarantine"),
+    "quarantine": publish("{}.quarantine", "{}.quarantine"),
+    "quarantine as a task": publish("{}", "{}.quarantine"),
     "quarantine later": publish("celery_delayed_27", DELAYED + "{}.quarantine"),
-    "dead-letter": publish("{}", "{}.dead"),
+    "dead-letter": publish("{}.dead", "{}.dead"),
+    "dead-letter as a task": publish("{}", "{}.dead"),
     "other key": publish("{}", "other.default"),
     "skip levels of delay": publish("celery_delayed_26", DELAYED + "{}.default"),
     "deliver delayed": publish("celery_delayed_delivery", "{}.default"),
@@ -150,6 +152,30 @@ def test_an_account_may_do_exactly_this(servers: Stack, application: str, role: 
             channel.close()
             done.add(name)
     assert done == MAY[role]
+
+
+def drained(stack: Stack, application: str) -> int:
+    """Take what lies in quarantine and dead letters; how many messages it was."""
+    with login(stack, "operator") as connection:
+        channel, taken = connection.channel(), 0
+        for queue in (f"{application}.quarantine", f"{application}.dead"):
+            while channel.basic_get(queue, no_ack=True) is not None:
+                taken += 1
+    return taken
+
+
+def test_copies_that_a_sender_asks_for_reach_neither_quarantine_nor_dead_letters(
+    servers: Stack, application: str
+) -> None:
+    """RabbitMQ routes by these headers too, and asks no topic permission for it: evidence could be pushed out."""
+    drained(servers, application)
+    with login(servers, "client") as connection:
+        channel = connection.channel()
+        for header in ("CC", "BCC"):
+            copies = {header: [f"{application}.quarantine", f"{application}.dead"]}
+            message = amqp.Message("copied", application_headers=copies)
+            channel.basic_publish_confirm(message, application, f"{application}.default", confirm_timeout=10)
+    assert drained(servers, application) == 0
 
 
 def test_a_message_too_large_is_refused(servers: Stack, application: str) -> None:

@@ -122,11 +122,17 @@ def test_a_sender_reaches_its_queues_and_no_other_key(role: str, exchange: str, 
 
 
 def test_only_workers_write_to_the_quarantine_and_nobody_with_a_delay() -> None:
-    writers = [role for role in TOPOLOGY.accounts if may(role, "write", APPLICATION, TOPOLOGY.quarantine)]
+    writers = [role for role in TOPOLOGY.accounts if may(role, "write", TOPOLOGY.quarantine, TOPOLOGY.quarantine)]
     assert writers == list(TOPOLOGY.pools)
-    assert not any(
-        may(role, "write", "celery_delayed_27", f"{DELAYED}{TOPOLOGY.quarantine}") for role in TOPOLOGY.accounts
-    )
+    for role in TOPOLOGY.accounts:
+        assert not may(role, "write", "celery_delayed_27", f"{DELAYED}{TOPOLOGY.quarantine}")
+        assert not may(role, "write", TOPOLOGY.dead)
+
+
+def test_what_is_sent_to_the_tasks_exchange_reaches_queues_of_tasks_alone() -> None:
+    """Topic permissions do not look at CC and BCC, so what is bound to an exchange is open to all who write to it."""
+    bound = {b["destination"] for b in render.definitions(TOPOLOGY)["bindings"] if b["source"] == TOPOLOGY.exchange}
+    assert bound == {queue.broker_name for queue in TOPOLOGY.queues}
 
 
 def test_every_exchange_that_can_be_written_has_a_topic_permission() -> None:
@@ -161,13 +167,14 @@ def test_a_pool_reaches_only_its_own_queues(tmp_path: Path) -> None:
     )
     rules = render.definitions(topology.Topology.load(tmp_path / "topology.toml"))
     assert {rule["user"]: (rule["write"], rule["read"]) for rule in rules["permissions"]} == {
-        "shop.worker": ("^(shop|celery_delayed_27)$", r"^shop\.a$"),
-        "shop.heavy": ("^shop$", r"^shop\.b$"),
+        "shop.worker": (r"^(shop|celery_delayed_27|shop\.quarantine)$", r"^shop\.a$"),
+        "shop.heavy": (r"^shop\.quarantine$", r"^shop\.b$"),
     }
     assert {(rule["user"], rule["exchange"]): rule["write"] for rule in rules["topic_permissions"]} == {
-        ("shop.worker", "shop"): r"^(shop\.a|shop\.quarantine)$",
+        ("shop.worker", "shop"): r"^shop\.a$",
         ("shop.worker", "celery_delayed_27"): r"^([01]\.){28}shop\.a$",
-        ("shop.heavy", "shop"): r"^shop\.quarantine$",
+        ("shop.worker", "shop.quarantine"): r"^shop\.quarantine$",
+        ("shop.heavy", "shop.quarantine"): r"^shop\.quarantine$",
     }
 
 

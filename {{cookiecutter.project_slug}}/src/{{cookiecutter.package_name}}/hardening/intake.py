@@ -218,6 +218,7 @@ class Broker(Protocol):
     """What the hardening layer asks of a broker."""
 
     exchange: str
+    quarantine_exchange: str
 
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold."""
@@ -228,7 +229,7 @@ class RabbitMQ:
 
     def __init__(self, settings: Settings, topology: Topology, own: Identity) -> None:
         self._settings, self._topology, self._own = settings, topology, own
-        self.exchange = topology.exchange
+        self.exchange, self.quarantine_exchange = topology.exchange, topology.quarantine
 
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold."""

@@ -210,7 +210,7 @@ class RedisTransport(kombu_redis.Transport):
 class Redis:
     """One list for each queue, and what a pool's workers hold in a hash of the pool's own."""
 
-    exchange = ""
+    exchange = quarantine_exchange = ""
 
     def __init__(self, settings: Settings, topology: Topology, own: Identity) -> None:
         self._settings, self._topology, self._own = settings, topology, own

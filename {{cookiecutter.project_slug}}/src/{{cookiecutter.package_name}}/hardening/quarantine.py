@@ -69,7 +69,7 @@ class Quarantine:
         with self._app.producer_or_acquire() as producer:
             producer.publish(
                 envelope,
-                exchange=self._hardening.broker.exchange,
+                exchange=self._hardening.broker.quarantine_exchange,
                 routing_key=self._hardening.topology.quarantine,
                 content_type=CONTENT_TYPE,
                 content_encoding="utf-8",

@@ -83,16 +83,14 @@ def _user(account: str) -> Definition:
 
 
 def _permission(topology: Topology, role: Pool | Caller) -> Definition:
-    writes = _NOTHING
-    if _routing_keys(topology, role):
-        writes = _one_of([topology.exchange])
-    if role.publishes_to:
-        writes = _one_of([topology.exchange, level_name(MAX_LEVEL)])
+    writes = [topology.exchange, level_name(MAX_LEVEL)] if role.publishes_to else []
+    if isinstance(role, Pool):
+        writes.append(topology.quarantine)
     return {
         "user": topology.account(role.name),
         "vhost": topology.vhost,
         "configure": _NOTHING,
-        "write": writes,
+        "write": _one_of(writes),
         "read": _one_of(_reads(topology, role)),
     }
 
@@ -103,21 +101,16 @@ def _reads(topology: Topology, role: Pool | Caller) -> list[str]:
     return [topology.dead, topology.quarantine] if role.name == "operator" else []
 
 
-def _routing_keys(topology: Topology, role: Pool | Caller) -> list[str]:
-    keys = [topology.queue(name).broker_name for name in role.publishes_to]
-    return [*keys, topology.quarantine] if isinstance(role, Pool) else keys
-
-
 def _topic_permissions(topology: Topology, role: Pool | Caller) -> Iterator[Definition]:
     # Without a topic permission RabbitMQ allows every routing key: there is one for each exchange of `_permission`.
-    rule = {"user": topology.account(role.name), "vhost": topology.vhost}
-    keys = _routing_keys(topology, role)
+    rule = {"user": topology.account(role.name), "vhost": topology.vhost, "read": _NOTHING}
+    keys = [topology.queue(name).broker_name for name in role.publishes_to]
     if keys:
-        yield rule | {"exchange": topology.exchange, "write": _one_of(keys), "read": _NOTHING}
-    delayed = [topology.queue(name).broker_name for name in role.publishes_to]
-    if delayed:
         prefix = r"([01]\.)" + "{" + str(MAX_NUMBER_OF_BITS_TO_USE) + "}"
-        yield rule | {"exchange": level_name(MAX_LEVEL), "write": _one_of(delayed, prefix), "read": _NOTHING}
+        yield rule | {"exchange": topology.exchange, "write": _one_of(keys)}
+        yield rule | {"exchange": level_name(MAX_LEVEL), "write": _one_of(keys, prefix)}
+    if isinstance(role, Pool):
+        yield rule | {"exchange": topology.quarantine, "write": _one_of([topology.quarantine])}
 
 
 def _one_of(names: list[str], prefix: str = "") -> str:
@@ -130,7 +123,9 @@ def _one_of(names: list[str], prefix: str = "") -> str:
 
 def _exchange_names(topology: Topology) -> list[str]:
     levels = [level_name(level) for level in range(MAX_LEVEL, -1, -1)]
-    return [topology.exchange, *levels, CELERY_DELAYED_DELIVERY_EXCHANGE]
+    # Dead letters and quarantine have exchanges of their own, named like their queues: topic permissions do not look at
+    # the CC and BCC headers of a message, which route it within its exchange.
+    return [topology.exchange, topology.dead, topology.quarantine, *levels, CELERY_DELAYED_DELIVERY_EXCHANGE]
 
 
 def _exchange(vhost: str, name: str) -> Definition:
@@ -164,7 +159,7 @@ def _queues(topology: Topology) -> Iterator[Definition]:
             x_delivery_limit=queue.delivery_limit,
             x_max_length_bytes=queue.max_length_bytes,
             x_overflow="reject-publish",
-            x_dead_letter_exchange=topology.exchange,
+            x_dead_letter_exchange=topology.dead,
             x_dead_letter_routing_key=topology.dead,
             x_dead_letter_strategy="at-least-once",
         )
@@ -197,7 +192,7 @@ def _bindings(topology: Topology) -> Iterator[Definition]:
         yield _binding(vhost, CELERY_DELAYED_DELIVERY_EXCHANGE, "exchange", topology.exchange, key)
         yield _binding(vhost, topology.exchange, "queue", queue.broker_name, key)
     for name in (topology.dead, topology.quarantine):
-        yield _binding(vhost, topology.exchange, "queue", name, name)
+        yield _binding(vhost, name, "queue", name, name)
 
 
 def _binding(vhost: str, source: str, destination_type: str, destination: str, routing_key: str) -> Definition:
