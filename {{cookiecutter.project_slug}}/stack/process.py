@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .account import Account, StackFailed
 
@@ -104,6 +106,24 @@ def start(
     _children[child.pid] = child
     status = _status(child.pid)  # at worst a zombie's: nobody has waited for it yet
     return Process(name, child.pid, status.started if status else 0, _boot(), str(log))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put signals off until the block ends, so that a process is started *and* written down, or neither."""
+    arrived: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(signal.getsignal(ending)):  # not one that ends us at once, or is ignored
+                handlers[ending] = signal.signal(ending, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:

@@ -22,7 +22,7 @@ from .account import Account, StackFailed, own_folder
 from .backend import ADMINISTRATOR, Backend, as_lines
 from .broker import Broker
 from .pki import Pair, Pki
-from .process import Process
+from .process import Process, undisturbed
 from .record import Record, free_ports
 from .worker import Worker, start_worker, wait_ready
 
@@ -186,7 +186,10 @@ class Stack:
         self._record.complete()
 
     def _start(self, *names: str) -> None:
-        started = {name: self._record.add(self._starter(name)(self._record.log(name))) for name in names}
+        started = {}
+        for name in names:
+            with undisturbed():
+                started[name] = self._record.add(self._starter(name)(self._record.log(name)))
         for name, process in started.items():
             if name.startswith("redis"):
                 self._redis(name).wait(process, *self._tls_client(ADMINISTRATOR))
@@ -247,8 +250,9 @@ class Stack:
             self.account.folder(home)
         node = f"{name}@{self.topology.application}-{self._record.ports[self._servers[0]]}"
         arguments = ("-A", app, "worker", "--hostname", node, "--concurrency", "2", "--loglevel", "INFO", *options)
-        process = start_worker(name, self.project, arguments, env, home, self._record.log(name), self.account)
-        self._record.add(process)
+        with undisturbed():
+            process = start_worker(name, self.project, arguments, env, home, self._record.log(name), self.account)
+            self._record.add(process)
         try:
             wait_ready(process)
         except BaseException:

@@ -24,7 +24,7 @@ from redis.retry import Retry
 
 from stack import Stack, StackFailed
 from stack.account import Account
-from stack.process import Process, start, wait_until
+from stack.process import Process, start, undisturbed, wait_until
 from stack.record import free_ports
 
 from ...project import topology
@@ -176,6 +176,19 @@ def test_an_interrupted_up_leaves_nothing_that_down_does_not_end(temporary: Path
     else:
         assert up.returncode == 128 + number, said.decode()
     assert running(started) == []
+
+
+def test_a_signal_waits_until_what_was_started_is_written_down() -> None:
+    steps = []
+    before = signal.signal(signal.SIGTERM, lambda *_: steps.append("ended"))
+    try:
+        with undisturbed():
+            steps.append("started")
+            signal.raise_signal(signal.SIGTERM)
+            steps.append("written down")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert steps == ["started", "written down", "ended"]
 
 
 def test_a_process_that_got_the_number_of_ours_is_left_alone(tmp_path: Path) -> None:
