@@ -21,7 +21,7 @@ from kombu.asynchronous.timer import Timer
 
 from ...project import audit, claims, codec, consumer, documents, envelope, errors
 from ...service import Service
-from .test_gate import Channel, delivered
+from .desk import Channel, delivered
 
 NAME = documents.checksum.name
 

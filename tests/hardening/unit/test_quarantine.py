@@ -13,7 +13,7 @@ import pytest
 
 from ...project import codec, envelope, errors, quarantine
 from ...service import Service
-from .test_gate import Channel, delivered
+from .desk import Channel, delivered
 
 
 @pytest.fixture(scope="module")
