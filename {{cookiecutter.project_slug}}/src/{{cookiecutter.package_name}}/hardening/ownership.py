@@ -8,6 +8,10 @@ Controls: AUT-3, AUT-6.
 *Origin* is authority: who asked. What Celery itself sends for a message (callbacks, the rest of a chain, errbacks, a
 retry) is sent on behalf of its origin; what a task's own code sends is the worker's own doing.
 *Owner* is property: whose ids. Everything sent while a task runs belongs to the task's owner.
+
+A client sends ``a | b``, and the code of ``a`` calls ``c.delay()``. The worker signs both ``b`` and ``c``. ``b`` has the
+client as origin, so the client must be allowed to send it; ``c`` has the worker, so the pool must be. Both are owned by
+the client, who can wait for either.
 """
 
 from __future__ import annotations

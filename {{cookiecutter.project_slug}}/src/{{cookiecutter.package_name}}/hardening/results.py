@@ -5,6 +5,17 @@ a worker being made to sign attacker-shaped data that passes for a task.
 Rests on: Celery's backends encoding and decoding through ``encode`` and ``decode`` on every path (``.get()``, pub/sub,
 chord join, group restore). An envelope says what kind of value it is, of which id, and for which caller.
 Controls: RES-1, INT-2, AUT-3, AUT-6.
+
+==========================  ======================  ==========================================================
+who reads                   Celery calls            what is checked, in this order
+==========================  ======================  ==========================================================
+``.get()``, ``.state``      ``_get_task_meta_for``  ``decode``: envelope, audience, signer's role, owner;
+                                                    ``decode_result``: a result; ``_own``: of this very task
+a group's ``.get()``        ``_mget_to_results``    the same
+who waits on pub/sub        ``_VerifyingConsumer``  the same; what fails is ignored, and waiting goes on
+a chord's last part         ``decode``              ``decode``
+``GroupResult.restore()``   ``_restore_group``      ``decode``; a group of this very id
+==========================  ======================  ==========================================================
 """
 
 from __future__ import annotations
