@@ -9,9 +9,9 @@ Controls: AUT-3, AUT-6.
 retry) is sent on behalf of its origin; what a task's own code sends is the worker's own doing.
 *Owner* is property: whose ids. Everything sent while a task runs belongs to the task's owner.
 
-A client sends ``a | b``, and the code of ``a`` calls ``c.delay()``. The worker signs both ``b`` and ``c``. The origin of
-``b`` is the client, who must be allowed to send it; that of ``c`` is the worker, whose pool must be. Both are owned by
-the client, who can wait for either.
+A client sends ``a | b``, and the code of ``a`` calls ``c.delay()``. The worker signs both ``b`` and ``c``. The origin
+of ``b`` is the client, who must be allowed to send it; that of ``c`` is the worker, whose pool must be. Both are owned
+by the client, who can wait for either.
 """
 
 from __future__ import annotations
