@@ -66,7 +66,7 @@ def test_target_succeeds_with_redis(redis_project: Path, target: str) -> None:
 
 
 #: What a broker can do better or worse; the other tests of the hardening layer are about no broker, or about RabbitMQ.
-OF_BROKERS = ("celery", "reliability", "stack", "redis_accounts", "redis_broker")
+OF_BROKERS = ("backend_accounts", "celery", "reliability", "stack", "redis_accounts", "redis_broker")
 
 
 @pytest.mark.slow
@@ -81,6 +81,14 @@ def test_a_demo_with_redis_shows_signers_and_says_that_no_attack_was_run(redis_p
     for role in ("client", "worker"):
         assert f"signed by spiffe://my-service.test/development/my-service/{role}" in printed
     assert "No attack was run" in printed
+
+
+@pytest.mark.slow
+def test_attacks_that_cannot_be_run_are_no_success(redis_project: Path) -> None:
+    make(redis_project, "setup")
+    done = subprocess.run(["make", "attack"], cwd=redis_project, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "No attack was run" in done.stderr
 
 
 @pytest.mark.slow
