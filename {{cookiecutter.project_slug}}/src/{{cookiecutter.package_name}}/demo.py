@@ -6,13 +6,13 @@ It is an ordinary process with a client's settings in its environment (.stack/cl
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
 from typing import Any
-from uuid import uuid4
+
+from PIL import Image
 
 from .app import app
 from .hardening.envelope import Type
-from .tasks import documents
+from .tasks import report, thumbnail
 
 TIMEOUT = 30  # seconds
 
@@ -25,7 +25,7 @@ def show(label: str, text: object) -> None:
 def send(task: Any, *arguments: Any) -> Any:
     """Send a task and say so."""
     result = task.delay(*arguments)
-    print(f"\n{task.__name__}({', '.join(map(str, arguments))})")
+    print(f"\n{task.__name__}({', '.join(map(repr, arguments))})")
     show("sent", result.id)
     show("signed by", app.hardening.signer.identity)
     return result
@@ -33,15 +33,20 @@ def send(task: Any, *arguments: Any) -> Any:
 
 def main() -> int:
     """Return 0 if each task ended as it should."""
-    answer = send(documents.checksum, "a document")
-    show("result", answer.get(timeout=TIMEOUT))
+    upload = app.hardening.settings.upload_folder / "sunset.png"
+    Image.linear_gradient("L").resize((1600, 900)).save(upload)
+    upload.chmod(0o644)  # the worker is another user, who may read it
+
+    answer = send(thumbnail.thumbnail, upload.name)
+    for name, value in answer.get(timeout=TIMEOUT).items():
+        show(name, value)
     stored = app.backend.get(app.backend.get_key_for_task(answer.id))
     show("signed by", app.hardening.verifier.verify(Type.RESULT, stored).signer.identity)
 
-    send(documents.record_receipt, uuid4(), datetime.now(UTC))
-    show("result", "none is stored, since nobody waits for it")
+    send(report.report)
+    show("result", "none is stored, since nobody waits for it; beat sends this one every night")
 
-    invalid = send(documents.checksum, "a document", "md5")
+    invalid = send(thumbnail.thumbnail, "../client.env")
     refusal = invalid.get(timeout=TIMEOUT, propagate=False)
     show("refused", refusal)
     return 0 if invalid.failed() else 1

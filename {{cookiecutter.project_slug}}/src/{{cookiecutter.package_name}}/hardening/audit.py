@@ -25,12 +25,27 @@ class Event(StrEnum):
     WEAKENED = "hardening.weakened"
     MESSAGE_REFUSED = "message.refused"
     QUARANTINE_FAILED = "quarantine.failed"
+    DROPPED = "quarantine.dropped"
+    RELEASED = "quarantine.released"
     CALLER_NOT_TOLD = "caller.not-told"
     ERRBACK_FAILED = "errback.failed"
     RESULT_REFUSED = "result.refused"
+    CREDENTIALS_LOADED = "credentials.loaded"
+    CREDENTIALS_REFUSED = "credentials.refused"
+    CREDENTIALS_EXPIRING = "credentials.expiring"
+    POLICY_LOADED = "policy.loaded"
+    POLICY_REFUSED = "policy.refused"
+    REPLAY_STORE_AWAY = "replay.store-away"
+    REPLAY_STORE_BACK = "replay.store-back"
+    CONTROLLED = "control.accepted"
+    CONTROL_REFUSED = "control.refused"
+    REPLY_REFUSED = "reply.refused"
+    EVENT_REFUSED = "event.refused"
+    LOGIN_REFUSED = "login.refused"
 
 
-_LEVEL = {Event.STARTED: logging.INFO, Event.QUARANTINE_FAILED: logging.ERROR}
+_LEVEL = dict.fromkeys((Event.STARTED, Event.CREDENTIALS_LOADED, Event.POLICY_LOADED, Event.CONTROLLED), logging.INFO)
+_LEVEL[Event.QUARANTINE_FAILED] = logging.ERROR
 
 
 def record(event: Event, **fields: object) -> None:

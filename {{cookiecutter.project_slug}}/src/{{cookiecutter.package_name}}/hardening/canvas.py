@@ -71,13 +71,15 @@ def _signatures(value: Any) -> Iterator[Named]:
 def _signature(signature: Any) -> Iterator[Named]:
     match signature:
         case {"task": str(name)} if signature.keys() <= _KEYS:
-            kind = signature.get("subtask_type")
+            kind, args = signature.get("subtask_type"), signature.get("args") or []
             options, kwargs = signature.get("options", {}), signature.get("kwargs", {})
         case _:
             raise BadShape("a signature's keys")
-    if not isinstance(kind, str | None) or not isinstance(options, dict) or not isinstance(kwargs, dict):
+    shapes = ((kind, str | None), (args, list), (options, dict), (kwargs, dict))
+    if not all(isinstance(part, shape) for part, shape in shapes):
         raise BadShape("a signature's shape")
-    if options.keys() & _PARAMETERS:
+    parameters = {name: options[name] for name in options.keys() & _PARAMETERS}
+    if parameters not in ({}, {"immutable": True}):  # which chord.link_error() gives to the errbacks of its header
         raise BadShape("a signature's options")
     for link in _LINKS:
         yield from _signatures(options.get(link))
@@ -97,5 +99,5 @@ def _signature(signature: Any) -> Iterator[Named]:
         # What the task before it returned must not become its arguments.
         if name not in _MAPS or signature.get("immutable") is not True:
             raise BadShape("a built-in task")
-        yield from _arguments(name, signature.get("args") or (), kwargs)
+        yield from _arguments(name, args, kwargs)
     yield name, queue

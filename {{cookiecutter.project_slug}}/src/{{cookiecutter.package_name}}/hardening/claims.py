@@ -67,6 +67,7 @@ class Task(BaseModel):
     shadow: Text | None = None
     reply_to: Text | None = None
     correlation_id: Text | None = None
+    app_id: Text | None = None
     priority: Annotated[int, Field(ge=0, le=255)] | None = None
     ignore_result: bool | None = None
     replaced_task_nesting: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -135,10 +136,9 @@ class TaskClaims(BaseModel):
         return claims
 
 
-#: Celery's header names that are claims under the same name.
-_HEADERS = tuple(
-    name for name in Task.model_fields if name not in {"name", "headers", "reply_to", "correlation_id", "priority"}
-)
+#: Properties of a message, and Celery's header names, that are claims under the same name.
+PROPERTIES = ("reply_to", "correlation_id", "app_id", "priority")
+_HEADERS = tuple(name for name in Task.model_fields if name not in {"name", "headers", *PROPERTIES})
 #: Headers Celery writes itself and that are not worth signing: they inform nobody but a log.
 _DROPPED = frozenset({"lang", "task", "argsrepr", "kwargsrepr", "origin", "owner", "compression"})
 _CELERYS_HEADERS = _DROPPED | Task.model_fields.keys()
@@ -157,7 +157,7 @@ def task_fields(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> di
     """Return the ``task`` claim for a message that Celery is about to publish."""
     fields = {name: headers[name] for name in _HEADERS if headers.get(name) is not None}
     fields["name"] = headers["task"]
-    for name in ("reply_to", "correlation_id", "priority"):
+    for name in PROPERTIES:
         if properties.get(name) not in {None, ""}:
             fields[name] = properties[name]
     stamps = set(headers.get("stamped_headers") or ())

@@ -3,7 +3,7 @@
 Guards against: messages altered, made or replayed as another kind of message by whoever can write to the broker.
 Rests on: RFC 7515 (compact serialization, ``x5c``), RFC 8037 (EdDSA), RFC 7518 (ES256, PS256), RFC 8725 (explicit
 typing; the verifier, not the message, decides algorithm and type).
-Controls: SIG-1, SIG-6, INT-2.
+Controls: SIG-1, SIG-6, INT-2, SER-2, SER-3.
 
 A header that was verified once is remembered byte for byte, so a message from a known signer costs one signature check
 and no parsing of anything an attacker wrote.
@@ -14,18 +14,21 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from threading import Lock
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from .errors import BadSignature, Malformed, TooLarge, Unsigned, UntrustedSigner, WrongType
+from .errors import BadSignature, Malformed, RevocationUnknown, TooLarge, Unsigned, UntrustedSigner, WrongType
 from .identity import Identity
 from .keys import algorithm_of, signer
 from .trust import SignerCertificate, Trust, identity_of
@@ -46,7 +49,11 @@ class Type(StrEnum):
 
     TASK = "celery-task+jws"
     RESULT = "celery-result+jws"
+    CONTROL = "celery-control+jws"
+    REPLY = "celery-reply+jws"
+    EVENT = "celery-event+jws"
     QUARANTINE = "celery-quarantine+jws"
+    RELEASE = "celery-release+jws"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,7 @@ class Signer:
         if algorithm is None or key.public_key() != chain[0].public_key():
             raise TypeError("the key is not the certificate's")
         self.identity: Identity = identity_of(chain[0])
+        self.chain = tuple(chain)
         self._sign = signer(key)
         x5c = [base64.b64encode(certificate.public_bytes(Encoding.DER)).decode("ascii") for certificate in chain]
         self._headers = {
@@ -100,7 +108,8 @@ class Verifier:
 
         Raises:
             TooLarge: longer than the limit (checked before anything else).
-            Unsigned, Malformed, WrongType, BadSignature, UntrustedSigner, InvalidIdentity: see each.
+            Unsigned, Malformed, WrongType, BadSignature: see each.
+            UntrustedSigner, RevokedSigner, RevocationUnknown, InvalidIdentity: see each.
         """
         if len(token) > self._max_bytes[kind]:
             raise TooLarge
@@ -109,12 +118,19 @@ class Verifier:
         if not _COMPACT.fullmatch(token):
             raise Unsigned
         header, payload, signature = token.split(b".")
-        certificate = self._recall(kind, header) or self._trusted(kind, header)
+        certificate = self.certificate(kind, header)
         if not certificate.verify(_unb64(signature), token[: len(header) + 1 + len(payload)]):
             raise BadSignature
         # Not earlier: whoever has seen a certificate could otherwise push every known signer out of the memory.
         self._remember(kind, header, certificate)
         return Verified(_unb64(payload), certificate)
+
+    def certificate(self, kind: Type, header: bytes) -> SignerCertificate:
+        """Return the certificate of a protected header, which is trusted and not revoked now; raises as ``verify``."""
+        certificate = self._recall(kind, header) or self._trusted(kind, header)
+        if time.time() > certificate.unknown_from:
+            raise RevocationUnknown
+        return certificate
 
     def _trusted(self, kind: Type, header: bytes) -> SignerCertificate:
         algorithm, chain = _open(kind, header)
@@ -135,6 +151,22 @@ class Verifier:
                 self._known.popitem(last=False)
 
 
+def enveloped(message: Any, max_bytes: float = math.inf) -> bytes:
+    """Return a delivered message's body; ``max_bytes`` is judged before anything else of it.
+
+    Raises:
+        MessageRefused: the intake's refusal, TooLarge, or Unsigned: it does not even look like an envelope.
+    """
+    body = message.body
+    if message.refusal is not None:
+        raise message.refusal
+    if body is not None and len(body) > max_bytes:
+        raise TooLarge
+    if message.content_type != CONTENT_TYPE or not isinstance(body, bytes | str | memoryview):
+        raise Unsigned
+    return body.encode("ascii", "replace") if isinstance(body, str) else bytes(body)
+
+
 def _open(kind: Type, header: bytes) -> tuple[object, list[x509.Certificate]]:
     """Return the algorithm a protected header names and the certificates it carries, none of it trusted yet."""
     if len(header) > _HEADER_MAX:
@@ -148,9 +180,16 @@ def _open(kind: Type, header: bytes) -> tuple[object, list[x509.Certificate]]:
     if not isinstance(x5c, list) or not 1 <= len(x5c) <= CHAIN_MAX or not all(isinstance(c, str) for c in x5c):
         raise Malformed
     try:
-        return fields["alg"], [x509.load_der_x509_certificate(base64.b64decode(c, validate=True)) for c in x5c]
+        return fields["alg"], [_certificate(text) for text in x5c]
     except Exception as error:  # the certificate is the attacker's; its parser raises ValueError and more
         raise UntrustedSigner from error
+
+
+def _certificate(text: str) -> x509.Certificate:
+    der = base64.b64decode(text, validate=True)
+    if base64.b64encode(der) != text.encode("ascii"):  # some versions of Python take more padding than there is
+        raise ValueError
+    return x509.load_der_x509_certificate(der)
 
 
 def _parse(header: bytes) -> dict[str, object]:

@@ -58,26 +58,32 @@ CONFIGURATION_CODES = {
     "config.tls": "A connection would be plain, unverified, or configured by something else than the TLS builder.",
     "config.file": "A file is missing, unreadable, not what it should be, or replaceable by every user of the host.",
     "config.key-permissions": "Others on this host can read a private key or a password.",
-    "config.trust": "The certificate store is empty, a system store, or holds what is no certificate.",
+    "config.trust": "The certificate store is empty, a system store, or holds what is no certificate or current list.",
+    "config.certificate": "This process's own signing certificate is one that every reader would refuse.",
     "config.topology": "topology.toml cannot be read, or says something unknown or inconsistent.",
     "config.changed": "Something changed the Celery configuration after harden().",
     "config.stock-signing": "setup_security() would put Celery's own signing back.",
     "queue.unknown": "A message was sent to a queue that is not in the topology.",
     "task.unannotated": "A task has an argument without an annotation, or one that cannot be validated.",
-    "worker.root": "A worker was started as root.",
-    "worker.identity": "A worker was started with a certificate that is no pool's of the topology.",
+    "worker.root": "A worker, beat or an operator's command was started as root.",
+    "worker.pool": "A worker was started with a pool that is not of prefork, threads or solo; gevent, for example.",
+    "worker.identity": "A process was started with a certificate that is not of its role in the topology.",
+    "beat.schedule": "Beat has another scheduler, a file of last runs that is not its own, or entries it may not send.",
 }
 
 
 class MessageRefused(Refused):
     """A message was refused before Celery acted on it.
 
-    ``claims`` is set once the signature holds and the message is for this application.
+    ``claims`` is set once the signature holds and the message is for this application. Its caller is ``told``. What is
+    ``curable`` can pass after somebody has changed something, and an operator may release the message then.
     """
 
     code = "message.refused"
     fix = "The code of the refusal itself says more."
     claims: TaskClaims | None = None
+    told = True
+    curable = False
 
 
 # --- intake: what the transport delivers ------------------------------------------------------------------------------
@@ -139,6 +145,7 @@ class UntrustedSigner(MessageRefused):
     """The signer's certificate does not lead to a trusted signing CA."""
 
     code = "signer.untrusted"
+    curable = True
     fix = "Issue the signer's certificate from the signing CA in `security_cert_store`."
 
 
@@ -150,10 +157,25 @@ class InvalidIdentity(MessageRefused):
 
 
 class NotValidAtIssue(MessageRefused):
-    """The signer's certificate was not valid when the message was signed."""
+    """The signer's certificate had expired, or was not valid yet, when the message was signed."""
 
     code = "signer.validity"
     fix = "Renew the certificate, and check the clocks of both machines."
+
+
+class RevokedSigner(MessageRefused):
+    """The signer's certificate has been revoked."""
+
+    code = "signer.revoked"
+    fix = "Issue a new key and certificate to the signer, if it is still to sign."
+
+
+class RevocationUnknown(MessageRefused):
+    """The revocation list of the signer's CA is out of date, so that nobody knows whether the signer is revoked."""
+
+    code = "signer.revocation"
+    curable = True
+    fix = "Put the CA's current list into `security_cert_store`, and find out why nothing did."
 
 
 # --- claims: what was signed ------------------------------------------------------------------------------------------
@@ -177,6 +199,7 @@ class WrongQueue(MessageRefused):
     """The message was signed for a queue that this worker does not serve."""
 
     code = "message.queue"
+    curable = True
     fix = "It was moved between queues, or the topology of producer and worker differ."
 
 
@@ -184,20 +207,31 @@ class Expired(MessageRefused):
     """The message is older than its signed lifetime."""
 
     code = "message.expired"
-    fix = "Send it again; raise `message_max_age` if queues are longer than that by design."
+    curable = True
+    fix = "Send or release it; raise `message_max_age` if queues are longer than that by design."
 
 
 class FromTheFuture(MessageRefused):
     """The message was signed later than this clock and the allowed skew."""
 
     code = "message.future"
+    curable = True
     fix = "Synchronise the clocks of producer and worker."
+
+
+class Replayed(MessageRefused):
+    """The message has run already, or this is a copy of one that runs."""
+
+    code = "message.replayed"
+    fix = "Find who can publish to the queue and has seen the message. To have it run again, send it again."
+    told = False  # the task's own result stands
 
 
 class DelayTooLong(MessageRefused):
     """The message is to wait longer than workers accept."""
 
     code = "message.delay"
+    curable = True
     fix = "Send it nearer to its time, or raise `message_max_delay` in producer and worker."
 
 
@@ -205,6 +239,7 @@ class UnknownTask(MessageRefused):
     """No task of that name is registered here."""
 
     code = "task.unknown"
+    curable = True
     fix = "Deploy the worker that has the task, or correct the name."
 
 
@@ -212,7 +247,16 @@ class NotAllowed(MessageRefused):
     """The signer may not send this task to this queue."""
 
     code = "policy.denied"
+    curable = True
     fix = "Allow it in topology.toml, if it should be."
+
+
+class RateExceeded(MessageRefused):
+    """The signer, or who it sends for, has had as many messages admitted as topology.toml allows in that time."""
+
+    code = "policy.rate"
+    curable = True
+    fix = "Send it again later and more slowly, or raise `rate` in the signer's stanza of topology.toml."
 
 
 class GateFailed(MessageRefused):
@@ -227,6 +271,30 @@ class NotHandled(MessageRefused):
 
     code = "message.failed"
     fix = "Look for the result backend being away, or for an odd canvas in the quarantined message."
+
+
+# --- remote control and events ----------------------------------------------------------------------------------------
+
+
+class ControlDenied(MessageRefused):
+    """The signer may not give this command, or may send no message of this kind."""
+
+    code = "control.denied"
+    fix = "Name it under `controls` in topology.toml. Monitors may only look: `COMMANDS` in policy.py says what."
+
+
+class ControlReplayed(MessageRefused):
+    """The command was given before, or before this worker started, or there are too many of them."""
+
+    code = "control.replayed"
+    fix = "Give it again. If nobody gave it, someone who can write to the broker has recorded it."
+
+
+class WrongNode(MessageRefused):
+    """A worker spoke for a node of another pool."""
+
+    code = "control.node"
+    fix = "Look at the worker whose key signed it: node names start with the name of their pool."
 
 
 # --- task and result --------------------------------------------------------------------------------------------------

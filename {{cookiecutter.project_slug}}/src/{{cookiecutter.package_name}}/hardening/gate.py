@@ -3,33 +3,21 @@
 Guards against: everything a broker, or whoever can write to it, may deliver to a worker.
 Rests on: the intake having turned parse errors into refusals, and on being called before any Celery code looks at the
 message. What passes is rebuilt from signed claims; of the delivery only what the broker itself set remains.
-Controls: SIG-1, SIG-3, SIG-4, SER-1, SER-2, AUT-1, AUT-3, INT-1.
+Controls: SIG-1, SIG-3, SIG-4, SIG-5, SER-1, SER-2, AUT-1, AUT-3, INT-1.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import canvas
-from .claims import TaskClaims, request_headers, utc
-from .envelope import CONTENT_TYPE, Type
-from .errors import (
-    BadShape,
-    DelayTooLong,
-    Expired,
-    FromTheFuture,
-    GateFailed,
-    MessageRefused,
-    NotHandled,
-    TooLarge,
-    UnknownTask,
-    Unsigned,
-    WrongAudience,
-    WrongQueue,
-)
-from .identity import Identity, Role
-from .quarantine import Quarantine
+from . import audit, canvas, errors
+from .claims import PROPERTIES, TaskClaims, request_headers, utc
+from .envelope import Type, enveloped
+from .identity import Identity
+from .quarantine import COUNTERSIGNATURE_MAX, Quarantine, released
+from .replay import Claim, Guard, late
 
 if TYPE_CHECKING:
     from .harden import Hardening
@@ -42,18 +30,34 @@ class Gate:
         self._app = app
         self._hardening = hardening
         self._quarantine = Quarantine(app, hardening)
+        self.guard = Guard(hardening.replay_store, hardening.settings)
 
     def receive(self, message: Any) -> Admitted | None:
-        """Return what Celery may act on, or None when the message was refused and has gone to the quarantine."""
+        """Return what Celery may act on.
+
+        Or None: the message was refused and has gone to the quarantine, or the replay guard keeps it for later.
+        """
+        claim = None
         try:
-            return self.admit(message)
-        except MessageRefused as refusal:
+            admitted = self.admit(message)
+            claim = self.guard.claim(message, admitted.claims)
+            if claim is None:
+                return None
+            # After the claim: a copy is no message of its signer's, and is not counted.
+            claim.counted = self._hardening.policy.admit(admitted.claims)
+        except errors.MessageRefused as refusal:
+            if claim is not None:
+                refusal.claims = admitted.claims
+                claim.settle(again=True)  # it has not run, and may be released
             self._quarantine.store(message, refusal)
             return None
+        admitted.claim = claim
+        return admitted
 
     def give_up(self, message: Any, admitted: Admitted, error: Exception) -> None:
         """Quarantine an admitted message that Celery's own code has failed on."""
-        refusal = NotHandled(type(error).__name__)
+        admitted.claim.settle()
+        refusal = errors.NotHandled(type(error).__name__)
         refusal.claims = admitted.claims
         self._quarantine.store(message, refusal)
 
@@ -65,62 +69,78 @@ class Gate:
                 application, so that the caller can be told. Nothing else is ever raised.
         """
         try:
-            claims = self._verified(message)
-            try:
-                self._judge(claims)
-            except MessageRefused as refusal:
-                refusal.claims = claims
-                raise
-            return self._rebuilt(message, claims)
-        except MessageRefused:
+            longest = self._hardening.settings.message_max_bytes + COUNTERSIGNATURE_MAX
+            envelope, operator = released(self._hardening, enveloped(message, longest))
+            claims, grace = self._verified(envelope), late(self._hardening.settings) if operator else 0
+            self._judge(claims, grace)
+            if operator:
+                audit.record(audit.Event.RELEASED, signer=operator, task=claims.task.name, id=claims.task.id)
+            return self._rebuilt(message, claims, grace)
+        except errors.MessageRefused:
             raise
         except Exception as error:  # a defect here must refuse the message, not end the worker
-            raise GateFailed(type(error).__name__) from error
+            raise errors.GateFailed(type(error).__name__) from error
 
-    def _verified(self, message: Any) -> TaskClaims:
+    def _verified(self, envelope: bytes) -> TaskClaims:
         """Return the claims of a message that a genuine signer made for this application."""
-        settings = self._hardening.settings
-        if message.refusal is not None:
-            raise message.refusal
-        body = message.body
-        if body is not None and len(body) > settings.message_max_bytes:
-            raise TooLarge
-        if message.content_type != CONTENT_TYPE or not isinstance(body, bytes | str | memoryview):
-            raise Unsigned
-        verified = self._hardening.verifier.verify(Type.TASK, bytes(body) if isinstance(body, memoryview) else body)
+        verified = self._hardening.verify(Type.TASK, envelope)
         claims = TaskClaims.parse(verified.payload)
         if claims.iss != str(verified.signer.identity):
-            raise BadShape("iss")
+            raise errors.BadShape("iss")
         verified.signer.check_issue(claims.iat)
-        if claims.aud != self._hardening.signer.identity.audience:
-            raise WrongAudience
-        if claims.owner != claims.iss and verified.signer.identity.role is not Role.WORKER:
-            raise BadShape("owner")
+        if claims.aud != self._hardening.audience:
+            raise errors.WrongAudience
+        if claims.owner != claims.iss and not verified.signer.identity.works_for(claims.aud):
+            raise errors.BadShape("owner")
         return claims
 
-    def _judge(self, claims: TaskClaims) -> None:
-        """Refuse genuine messages that come too late, to the wrong place, or from someone who may not send them."""
+    def _judge(self, claims: TaskClaims, grace: int) -> None:
+        """Refuse genuine messages that come too late, to the wrong place, or from someone who may not send them.
+
+        ``grace`` is for how many seconds after its expiry it may still run.
+        """
+        try:
+            self._check(claims, grace)
+        except errors.MessageRefused as refusal:
+            refusal.claims = claims
+            raise
+
+    def _check(self, claims: TaskClaims, grace: int) -> None:
         settings = self._hardening.settings
         now, skew, task = time.time(), settings.clock_skew, claims.task
         if claims.iat > now + skew:
-            raise FromTheFuture
+            raise errors.FromTheFuture
         start = max(claims.iat, utc(task.eta).timestamp() if task.eta else 0)
         if start > claims.iat + settings.message_max_delay:
-            raise DelayTooLong
+            raise errors.DelayTooLong
         if claims.exp > start + settings.message_max_age + 1:
-            raise BadShape("exp")
-        if claims.exp < now - skew:
-            raise Expired
+            raise errors.BadShape("exp")
+        if claims.exp + grace < now - skew:
+            raise errors.Expired
         if claims.queue not in self._hardening.consumed:
-            raise WrongQueue
+            raise errors.WrongQueue
         if task.name not in self._app.tasks:
-            raise UnknownTask
+            raise errors.UnknownTask
         signer, origin = Identity.parse(claims.iss), Identity.parse(claims.origin)
-        self._hardening.policy.check(signer, origin, task.name, claims.queue)
+        policy = self._hardening.policy  # one for all that the message names
+        policy.check(signer, origin, task.name, claims.queue)
         for name, queue in canvas.named(claims):
-            self._hardening.policy.check(signer, origin, name, queue and self._hardening.topology.broker_name(queue))
+            policy.check(signer, origin, name, queue and self._hardening.topology.broker_name(queue))
 
-    def _rebuilt(self, message: Any, claims: TaskClaims) -> Admitted:
+    def _still_trusts(self, message: Any, claims: TaskClaims, grace: int) -> bool:
+        """Say whether an admitted message may start: it is in time and allowed, its signer is not revoked by now.
+
+        If it may not, it goes to the quarantine.
+        """
+        try:
+            self._hardening.verifier.certificate(Type.TASK, enveloped(message).partition(b".")[0])
+            self._judge(claims, grace)
+        except errors.MessageRefused as refusal:
+            self._quarantine.store(message, refusal)
+            return False
+        return True
+
+    def _rebuilt(self, message: Any, claims: TaskClaims, grace: int) -> Admitted:
         task = self._app.tasks[claims.task.name]
         hard = _smaller(claims.task.timelimit[0], task.time_limit)
         # A soft limit behind the hard one would keep Celery from arming the hard one at all.
@@ -129,27 +149,26 @@ class Gate:
             message,
             claims,
             headers={**request_headers(claims), "timelimit": [hard, soft]},
-            properties={
-                "correlation_id": claims.task.correlation_id,
-                "reply_to": claims.task.reply_to,
-                "priority": claims.task.priority,
-            },
+            properties={name: getattr(claims.task, name) for name in PROPERTIES},
             delivery_info={
                 "exchange": self._hardening.broker.exchange,
                 "routing_key": claims.queue,
                 "redelivered": bool((message.delivery_info or {}).get("redelivered")),
             },
             body=(claims.args, claims.kwargs, claims.embed.model_dump()),
+            still_trusted=lambda: self._still_trusts(message, claims, grace),
         )
 
 
 class Admitted:
     """What Celery gets instead of the delivered message: only signed claims, and the broker's redelivered flag.
 
-    It is decoded already and has no content type, so neither Celery nor a pool child decodes anything again.
+    It is decoded already and has no content type, so neither Celery nor a pool child decodes anything again. How it is
+    acknowledged settles its claim.
     """
 
     content_type = content_encoding = None
+    claim: Claim
 
     def __init__(
         self,
@@ -159,14 +178,25 @@ class Admitted:
         properties: dict[str, Any],
         delivery_info: dict[str, Any],
         body: tuple[list[Any], dict[str, Any], dict[str, Any]],
+        still_trusted: Callable[[], bool],
     ) -> None:
         self.claims = claims
         self.headers = headers
         self.properties = properties
         self.delivery_info = delivery_info
         self.body = self.payload = body
-        self.ack_log_error = message.ack_log_error
-        self.reject_log_error = message.reject_log_error
+        self.still_trusted = still_trusted
+        self._message = message
+
+    def ack_log_error(self, *args: Any, **kwargs: Any) -> None:
+        """Acknowledge the message, which is done."""
+        self.claim.settle()
+        self._message.ack_log_error(*args, **kwargs)
+
+    def reject_log_error(self, logger: Any, errors: Any, requeue: bool = False) -> None:
+        """Reject the message; only one that is put back into its queue may be claimed again."""
+        self.claim.settle(again=requeue)
+        self._message.reject_log_error(logger, errors, requeue=requeue)
 
 
 def _smaller(claimed: float | None, own: float | None) -> float | None:

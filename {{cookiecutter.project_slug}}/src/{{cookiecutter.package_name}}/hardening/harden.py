@@ -4,7 +4,7 @@ Guards against: half-hardened applications. Everything is set here and checked a
 later change of the configuration, or a later ``setup_security()``, is found.
 Rests on: Celery's extension points (``amqp_cls``, ``worker_consumer``, the loader's backends); the application keeps
 its own Task class (Django's, for example) and its ``shared_task`` tasks.
-Controls: SER-1, SIG-1, SIG-2, TLS-1, BRK-1, VAL-1, RES-2.
+Controls: SER-1, SIG-1, SIG-2, TLS-1, BRK-1, VAL-1, RES-2, WRK-5.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery import Celery
+from celery.app.defaults import NAMESPACES
 from celery.utils.imports import symbol_by_name
 from kombu.serialization import registry
 
+from . import audit
+from .beat import HardenedBeat, JsonScheduler
 from .consumer import HardenedConsumer, Preflight
-from .envelope import Signer, Verifier
+from .control import SignedControl, SignedEvents
+from .envelope import Signer, Type, Verified, Verifier
 from .errors import ConfigurationRefused
 from .identity import Role
-from .intake import Broker, RabbitMQ
+from .intake import RabbitMQ
 from .intake_redis import Redis
-from .policy import Policy
-from .producer import SigningAMQP
+from .policy import Policy, Rules
+from .producer import SigningAMQP, delayed_by_seconds
+from .replay import ReplayStore
 from .results import BACKENDS, SignedResults
 from .settings import PREFIX, Settings
 from .strict import make_strict
@@ -48,25 +53,44 @@ class Hardening:
     settings: Settings
     strict_arguments: bool = True
 
-    @cached_property
+    @property
     def signer(self) -> Signer:
-        """This process's signing key."""
-        return self.settings.signer
+        """This process's signing key, as its file says now."""
+        return self.settings.credentials.signer
 
-    @cached_property
+    @property
     def verifier(self) -> Verifier:
-        """Verifies the envelopes of others."""
-        return self.settings.verifier
+        """Verifies the envelopes of others, as trust and revocations are now."""
+        return self.settings.credentials.verifier
+
+    def verify(self, kind: Type, token: bytes | str) -> Verified:
+        """Verify an envelope of others; raises as ``Credentials.verify``."""
+        return self.settings.credentials.verify(kind, token)
 
     @cached_property
+    def rules(self) -> Rules:
+        """What topology.toml says."""
+        return Rules(self.settings)
+
+    @property
     def topology(self) -> Topology:
-        """Queues, pools and callers."""
-        return self.settings.rules
+        """Queues, pools and callers, as they were at the start."""
+        return self.rules.topology
+
+    @property
+    def policy(self) -> Policy:
+        """Who may send what, as topology.toml says now."""
+        return self.rules.policy
 
     @cached_property
-    def policy(self) -> Policy:
-        """Who may send what."""
-        return Policy(self.topology, self.signer.identity)
+    def audience(self) -> str:
+        """The application that messages go to: our own, or the one that this process calls as another service."""
+        return self.topology.audience(self.signer.identity)
+
+    @cached_property
+    def works(self) -> bool:
+        """Whether this process is one of that application's workers."""
+        return self.signer.identity.works_for(self.audience)
 
     @cached_property
     def queues(self) -> frozenset[str]:
@@ -76,8 +100,7 @@ class Hardening:
     @cached_property
     def consumed(self) -> frozenset[str]:
         """Names, on the broker, of the queues this process's worker pool serves."""
-        identity = self.signer.identity
-        pool = self.topology.pools.get(identity.account) if identity.role is Role.WORKER else None
+        pool = self.topology.pools.get(self.signer.identity.account) if self.works else None
         return frozenset(self.topology.queue(name).broker_name for name in (pool.queues if pool else ()))
 
     @cached_property
@@ -85,16 +108,28 @@ class Hardening:
         """The result backend's address with its password, as it was at the start."""
         return self.settings.result_backend_url()
 
+    @cached_property
+    def replay_store(self) -> ReplayStore:
+        """Where it is noted which messages have run."""
+        return self.settings.open_replay_store(self.topology.replays)
+
     def load(self) -> None:
         """Read every file now, so that a wrong one stops the start and not the first message.
 
         Raises:
             ConfigurationRefused: one of them is missing, insecure or malformed.
         """
-        _ = self.signer, self.verifier, self.topology, self.policy, self.settings.tls
+        _ = self.signer, self.verifier, self.topology, self.policy
+        _ = self.settings.broker_tls, self.settings.result_backend_tls
+        _ = self.works and self.replay_store
+
+    def tell_weakenings(self) -> None:
+        """Log each setting that is weaker than its default."""
+        for weakening in self.settings.weakenings:
+            audit.record(audit.Event.WEAKENED, signer=self.signer.identity, setting=weakening)
 
     @cached_property
-    def broker(self) -> Broker:
+    def broker(self) -> RabbitMQ | Redis:
         """How messages travel.
 
         Raises:
@@ -102,21 +137,17 @@ class Hardening:
         """
         scheme, chosen = urlsplit(self.settings.broker_url).scheme, self.topology.broker
         if {"amqps": "rabbitmq", "rediss": "redis"}.get(scheme, chosen) != chosen:
-            raise ConfigurationRefused(
-                PREFIX + "BROKER_URL",
-                f"is {scheme}://, and topology.toml says that the broker is {chosen}",
-                "correct one of the two",
-                "config.topology",
-            )
+            reason = f"is {scheme}://, and topology.toml says that the broker is {chosen}"
+            raise ConfigurationRefused(PREFIX + "BROKER_URL", reason, "correct one of the two", "config.topology")
         return (Redis if chosen == "redis" else RabbitMQ)(self.settings, self.topology, self.signer.identity)
 
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold; nothing may set them differently."""
-        topology, worker = self.topology, self.signer.identity.role is Role.WORKER
+        topology, worker = self.topology, self.works
         return {
             **self.broker.configuration(),
             "result_backend": self.result_backend,
-            "redis_backend_use_ssl": self.settings.tls.redis(),
+            "redis_backend_use_ssl": self.settings.result_backend_tls.redis(),
             "result_backend_transport_options": {
                 "global_keyprefix": f"{topology.application}:",
                 # While the backend is away, a result waits in its worker; who reads it hears within seconds.
@@ -134,11 +165,11 @@ class Hardening:
             "result_extended": False,  # would store arguments beside the result
             "task_protocol": 2,
             "task_always_eager": False,
-            # Unsigned until they have types of their own.
-            "worker_enable_remote_control": False,
-            "worker_send_task_events": False,
-            "task_send_sent_event": False,
+            "task_send_sent_event": False,  # only workers report
+            "control_exchange": topology.celery("control"),
+            "event_exchange": topology.celery("events"),
             "worker_consumer": HardenedConsumer,
+            "beat_scheduler": JsonScheduler,
             "security_key": str(self.settings.security_key),
             "security_certificate": str(self.settings.security_certificate),
             "security_cert_store": str(self.settings.security_cert_store),
@@ -158,9 +189,12 @@ class Hardening:
             "worker_prefetch_multiplier": 1,
             "worker_max_tasks_per_child": 1000,
             "worker_max_memory_per_child": 512 * 1024,  # KiB
+            "worker_eta_task_limit": 10_000,  # messages that wait in a worker for their time
             "worker_cancel_long_running_tasks_on_connection_loss": True,
             "worker_proc_alive_timeout": 30.0,
             "broker_connection_retry_on_startup": True,
+            "beat_schedule_filename": "celerybeat-schedule.json",
+            "beat_max_loop_interval": 30,  # seconds between two signs of life
             "result_expires": 3600,
             "result_backend_max_retries": 12,  # 20 to 40 seconds
         }
@@ -174,8 +208,7 @@ class Hardening:
         self.check_configuration(app)
         app.finalize()
         if self.strict_arguments:
-            for task in app.tasks.values():
-                make_strict(task)
+            _make_all_strict(app)
 
     def check_configuration(self, app: Celery) -> None:
         """Check, before a worker starts and before the first message is sent, that the configuration still holds.
@@ -206,9 +239,10 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
     if getattr(app, "hardening", None) is not None:
         raise ConfigurationRefused("harden", "was called twice on one application", "call it once")
     if app.conf.security_digest != "sha256":
-        raise ConfigurationRefused(
-            "security_digest", "the algorithm follows from the signer's key", "remove the setting"
-        )
+        raise ConfigurationRefused("security_digest", "the algorithm follows from the key", "remove the setting")
+    if app.conf.beat_scheduler != NAMESPACES["beat"]["scheduler"].default:
+        reason = "another one's schedule would be forgotten"
+        raise ConfigurationRefused("beat_scheduler", reason, "put it into `beat_schedule`")
     for name in _ENVIRONMENT:
         if os.environ.get(name):
             raise ConfigurationRefused(name, "is set, and Celery would use it instead", "unset it, or drop `-b`")
@@ -221,7 +255,10 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
     app.hardening = hardening
     app.loader.override_backends = {**app.loader.override_backends, **BACKENDS}
     app.amqp_cls = type("SigningAMQP", (SigningAMQP, symbol_by_name(app.amqp_cls)), {})
-    app.__dict__.pop("amqp", None)  # whatever was made before, with Celery's own classes
+    app.control_cls = type("SignedControl", (SignedControl, symbol_by_name(app.control_cls)), {})
+    app.events_cls = type("SignedEvents", (SignedEvents, symbol_by_name(app.events_cls)), {})
+    for made_before in ("amqp", "control", "events"):  # with Celery's own classes
+        app.__dict__.pop(made_before, None)
     app._pool = app._backend_cache = None
     app._local = threading.local()  # holds each thread's result backend
     app.conf.update(configuration)
@@ -235,7 +272,12 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
     if app.set_as_current:
         # In every thread but this one shared tasks would belong to Celery's default application, which signs nothing.
         app.set_default()
-    app.steps["worker"].add(Preflight)
+    app.steps["worker"].add(Preflight)  # tells a worker's weakenings, once its log is open
+    if hardening.signer.identity.role is not Role.WORKER:
+        hardening.tell_weakenings()
+    app.Beat = app.subclass_with_self(HardenedBeat)
+    if hardening.topology.broker == "rabbitmq":
+        app.send_task = delayed_by_seconds(app)
     app.setup_security = _refuse_stock_signing
     app.on_after_finalize.connect(_keep_results, weak=False)
     if strict_arguments:
@@ -253,12 +295,8 @@ def _make_all_strict(sender: Celery, **_: Any) -> None:
 
 
 def _stock_signing() -> ConfigurationRefused:
-    return ConfigurationRefused(
-        "setup_security",
-        "Celery's own signing would put its decoder back, which runs pickle from any trusted signer",
-        "remove the call; harden() signs",
-        "config.stock-signing",
-    )
+    reason = "Celery's own signing would put its decoder back, which runs pickle from any trusted signer"
+    return ConfigurationRefused("setup_security", reason, "remove the call; harden() signs", "config.stock-signing")
 
 
 def _refuse_stock_signing(*_: Any, **__: Any) -> None:

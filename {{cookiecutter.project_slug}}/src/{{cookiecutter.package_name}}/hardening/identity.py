@@ -14,10 +14,10 @@ from enum import StrEnum
 
 from .errors import InvalidIdentity
 
-_TRUST_DOMAIN = r"[a-z0-9](?:[a-z0-9.-]{0,252}[a-z0-9])?"
+TRUST_DOMAIN = r"[a-z0-9](?:[a-z0-9.-]{0,252}[a-z0-9])?"
 _SEGMENT = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
 _SPIFFE_ID = re.compile(
-    rf"spiffe://(?P<trust_domain>{_TRUST_DOMAIN})/(?P<environment>{_SEGMENT})/(?P<application>{_SEGMENT})"
+    rf"spiffe://(?P<trust_domain>{TRUST_DOMAIN})/(?P<environment>{_SEGMENT})/(?P<application>{_SEGMENT})"
     rf"/(?P<role>{_SEGMENT})(?:/(?P<name>{_SEGMENT}))?"
 )
 
@@ -69,6 +69,15 @@ class Identity:
     def account(self) -> str:
         """The name topology.toml knows this signer by: its role, or its own name where it has one."""
         return self.name or self.role.value
+
+    def works_for(self, audience: str) -> bool:
+        """Whether this is one of that application's own workers, and not a worker of a service that calls it."""
+        return self.role is Role.WORKER and self.audience == audience
+
+    def namespace(self, audience: str) -> str:
+        """How an application's keys name an owner: ``client.web``; of another one ``<trust domain>/orders/worker``."""
+        name = f"{self.role}.{self.name}" if self.name else self.role.value
+        return name if self.audience == audience else f"{self.trust_domain}/{self.application}/{name}"
 
     def __str__(self) -> str:
         """Return the SPIFFE ID."""

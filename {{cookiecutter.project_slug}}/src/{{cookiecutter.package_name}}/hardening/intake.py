@@ -4,22 +4,25 @@ Guards against: messages that kill the worker or loop for ever before any consum
 in a header raises OSError in the parser, which Celery takes for a lost connection; a routing key that is no UTF-8 ends
 the worker; a ``compression`` header expands 290 KB to a gigabyte, or loses the message when its method is unknown; a
 content encoding of ``punycode`` keeps the worker busy for a minute per megabyte of body.
-Also here: what Celery has to be told for RabbitMQ. No account may declare anything, and nothing is published to the
-default exchange, which reaches every queue.
+Also here: what Celery has to be told for RabbitMQ. No account may declare anything (where an operator can see to that),
+and nothing is published to the default exchange, which reaches every queue.
 Rests on: every message passing py-amqp's frame handler and the channel's ``Message`` class. What cannot be parsed is
 delivered without its properties and carries its refusal; the gate quarantines it. Bodies stay bytes.
-Controls: INT-1, SER-3, TLS-1, BRK-1, BRK-6.
+Controls: INT-1, SER-3, TLS-1, BRK-1, BRK-6, BRK-7.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from struct import pack
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import kombu
 import kombu.connection
 from amqp import basic_message, method_framing, spec
+from amqp.exceptions import ChannelError, NotFound
 from amqp.serialization import loads
 from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
@@ -28,7 +31,7 @@ from kombu.utils.imports import symbol_by_name
 
 from .errors import Compressed, ConfigurationRefused, MessageRefused, Unparseable
 from .identity import Identity
-from .settings import Settings
+from .settings import PREFIX, Settings
 from .topology import Topology
 
 #: Seconds to wait for the broker to confirm a message.
@@ -108,10 +111,13 @@ class _AmqpChannel(pyamqp.Channel):
         """Publish, and wait until the broker has confirmed the message or said that it cannot route it.
 
         Raises:
+            ConfigurationRefused: the exchange does not exist.
             amqp.exceptions.ChannelError: it cannot be routed. The broker confirms such a message after returning it;
                 py-amqp raises at once, and leaves the confirmation to the next message, which may not deserve it.
             kombu.exceptions.OperationalError: no answer. A broker short of memory or disk stops reading.
         """
+        if kwargs.get("confirm_timeout") == 0:  # for what must not keep the worker waiting
+            return self._basic_publish(*args, **kwargs)
         returned: list[Exception] = []
 
         def on_return(error: Exception, *_: Any) -> None:
@@ -122,6 +128,10 @@ class _AmqpChannel(pyamqp.Channel):
         timeout = kwargs.pop("confirm_timeout", None) or CONFIRM_TIMEOUT
         try:
             confirmed = super().basic_publish_confirm(*args, confirm_timeout=timeout, **kwargs)
+        except NotFound as error:
+            reason = f"the broker there has not been told what topology.toml says ({error.reply_text})"
+            fix = f"load the operator's definitions; with {PREFIX}BROKER_TOPOLOGY=app, start a worker first"
+            raise ConfigurationRefused(PREFIX + "BROKER_URL", reason, fix, "config.topology") from error
         except TimeoutError:
             self.connection.collect()  # a late answer would count for the next message
             raise OperationalError(f"the broker has not confirmed the message in {timeout} s") from None
@@ -185,12 +195,8 @@ class Connection(kombu.Connection):
             ConfigurationRefused: there is none with an intake.
         """
         if self.transport_cls not in self.transports:
-            raise ConfigurationRefused(
-                "broker_url",
-                f"there is no intake for {self.transport_cls}://",
-                "use amqps:// or rediss://",
-                "config.tls",
-            )
+            reason = f"there is no intake for {self.transport_cls}://"
+            raise ConfigurationRefused("broker_url", reason, "use amqps:// or rediss://", "config.tls")
         transport: type = symbol_by_name(self.transports[self.transport_cls])
         return transport
 
@@ -214,16 +220,6 @@ class _Pool(kombu.connection.ConnectionPool):
         return _PooledConnection(self, **dict(self.connection._info(resolve=False)))
 
 
-class Broker(Protocol):
-    """What the hardening layer asks of a broker."""
-
-    exchange: str
-    quarantine_exchange: str
-
-    def configuration(self) -> dict[str, Any]:
-        """Return the Celery settings that must hold."""
-
-
 class RabbitMQ:
     """A topic exchange of the application's own, quorum queues, login by certificate, confirmed publishing."""
 
@@ -236,13 +232,58 @@ class RabbitMQ:
         exchange = Exchange(self.exchange, type="topic", no_declare=True)
         return {
             **address(self._settings.broker_address()),
-            "broker_use_ssl": self._settings.tls.amqp(),
-            "broker_login_method": "EXTERNAL",  # by certificate; the name is only for logs
+            "broker_use_ssl": self._settings.broker_tls.amqp(),
+            # EXTERNAL is by certificate; the name is only for logs.
+            "broker_login_method": "PLAIN" if self._settings.broker_auth == "password" else "EXTERNAL",
             "broker_user": self._topology.account(self._own.account),
             "broker_transport_options": {"confirm_publish": True},
             **queues(self._topology, exchange, {"x-queue-type": "quorum"}),
             "worker_detect_quorum_queues": True,
         }
+
+    def declare(self, connection: Any) -> None:
+        """Make the operator's definitions, but for accounts and rights; what is there already must be the same.
+
+        Raises:
+            ConfigurationRefused: ``config.topology``; the broker says what differs, or that the account may not.
+        """
+        if self._settings.broker_topology != "app":
+            return
+        from .render import definitions  # a program too, which Python wants to load only once
+
+        document = definitions(self._topology)
+        with connection.channel() as channel:
+            try:
+                for exchange in document["exchanges"]:
+                    channel.exchange_declare(
+                        exchange["name"], exchange["type"], durable=exchange["durable"], auto_delete=False
+                    )
+                for queue in document["queues"]:
+                    arguments = {**queue["arguments"], **_limits(queue["name"], document["policies"])}
+                    channel.queue_declare(queue["name"], durable=True, auto_delete=False, arguments=arguments)
+                for binding in document["bindings"]:
+                    bind = channel.queue_bind if binding["destination_type"] == "queue" else channel.exchange_bind
+                    bind(binding["destination"], binding["source"], binding["routing_key"])
+            except ChannelError as error:
+                reason = f"the broker refuses to make what topology.toml says ({error.reply_text})"
+                fix = "delete what differs once it is empty, or give the account the right"
+                raise ConfigurationRefused(PREFIX + "BROKER_TOPOLOGY", reason, fix, "config.topology") from error
+
+    def broadcast(self, what: str, kind: str) -> Exchange:
+        """Return an exchange that the operator has declared."""
+        return Exchange(self._topology.celery(what), kind, no_declare=True)
+
+    def quarantined(self, connection: Any) -> Iterator[tuple[bytes, Callable[[], Any]]]:
+        """Yield each record in the quarantine, with what removes it; the others are put back with the channel's end."""
+        with connection.channel() as channel:
+            while (message := channel.basic_get(self._topology.quarantine)) is not None:
+                yield bytes(message.body), partial(channel.basic_ack, message.delivery_tag)
+
+
+def _limits(queue: str, policies: list[dict[str, Any]]) -> dict[str, Any]:
+    """The policies of a queue as its arguments: an application cannot make policies."""
+    matching = [policy["definition"] for policy in policies if re.search(policy["pattern"], queue)]
+    return {f"x-{name}": value for definition in matching for name, value in definition.items()}
 
 
 def address(url: str) -> dict[str, Any]:
@@ -252,16 +293,10 @@ def address(url: str) -> dict[str, Any]:
 
 def queues(topology: Topology, exchange: Exchange, arguments: dict[str, Any] | None) -> dict[str, Any]:
     """Declared by the operator (topology.toml); no account may declare anything."""
+    options = {"queue_arguments": arguments, "no_declare": True}
     return {
         "task_queues": [
-            Queue(
-                queue.broker_name,
-                exchange,
-                alias=queue.name,
-                routing_key=queue.broker_name,
-                queue_arguments=arguments,
-                no_declare=True,
-            )
+            Queue(queue.broker_name, exchange, queue.broker_name, alias=queue.name, **options)
             for queue in topology.queues
         ],
         "task_default_exchange": exchange.name,

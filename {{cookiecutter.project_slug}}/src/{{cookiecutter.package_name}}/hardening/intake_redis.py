@@ -16,8 +16,9 @@ import binascii
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from queue import Empty
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from .identity import Identity
 from .intake import address, queues, strip_compression
 from .settings import Settings
 from .tls import VerifiedSSLConnection
-from .topology import Topology
+from .topology import FANOUT_PREFIX, Topology
 
 #: Seconds after which Redis gives away what a worker holds that no longer says that it lives.
 VISIBILITY_TIMEOUT = 60
@@ -39,8 +40,9 @@ ANSWER_TIMEOUT = 10
 #: A count that no honest message reaches. Whoever may push to a queue may choose it, and shorten or prolong its own
 #: message's way to the dead letters.
 _MANY = 1_000
-#: Messages kept in a queue that nobody consumes (dead letters, quarantine); the oldest go first.
-KEPT_MESSAGES = 10_000
+#: Messages kept in a queue that nobody consumes (dead letters, quarantine), and bytes if all are as long as the newest.
+#: Redis counts no bytes of a list. The oldest go first.
+KEPT_MESSAGES, KEPT_BYTES = 10_000, 64 * 1024 * 1024
 #: Messages that one look at the lost ones gives back.
 RESTORED_AT_ONCE = 100
 _UNPARSED = "unparsed"
@@ -80,6 +82,10 @@ def rebuild(item: bytes, queue: str) -> dict[str, Any]:
         "headers": {"compression": "refused"} if compressed else {},
         "properties": {**properties, "body_encoding": "base64"},
     }
+
+
+def _last(newest: str) -> int:
+    return max(1, min(KEPT_MESSAGES, KEPT_BYTES // len(newest))) - 1
 
 
 class RedisMessage(kombu_redis.Channel.Message):
@@ -183,11 +189,38 @@ class _Channel(kombu_redis.Channel):
             raise Empty
         return rebuild(item, queue)
 
+    # Nobody may count a queue, nor needs to.
+    def _size(self, queue: str) -> int:
+        return 0
+
+    def queue_bind(self, queue: str, exchange: Any = None, routing_key: str = "", *_: Any, **__: Any) -> None:
+        # Only fan-out queues are bound. kombu would also note it under keys that every account had to write to.
+        self._fanout_queues[queue] = (exchange, routing_key.replace("#", "*"))
+
+    def basic_consume(self, queue: str, *args: Any, **kwargs: Any) -> Any:
+        tag = super().basic_consume(queue, *args, **kwargs)
+        if queue in self.active_fanout_queues:
+            # Now, and not with the first look for messages: an answer may come before that.
+            if self.subclient.connection is None:
+                self.subclient.connection = self.subclient.connection_pool.get_connection()
+            self._subscribe()
+        return tag
+
+    def _handle_message(self, client: Any, response: Any) -> dict[str, Any]:
+        handled: dict[str, Any] = super()._handle_message(client, response)
+        if isinstance(handled["data"], bytes):
+            handled["data"] = json.dumps(rebuild(handled["data"], ""))
+        return handled
+
+    def _deliver_fanout_message(self, message: Any, exchange: str) -> bool:
+        # What comes after its consumer has gone is nobody's; kombu would take the KeyError for a lost connection.
+        return exchange in self._fanout_to_queue and bool(super()._deliver_fanout_message(message, exchange))
+
     def _put(self, queue: str, message: Any, **kwargs: Any) -> None:
         super()._put(queue, message, **kwargs)
         if queue == self.quarantine_queue:
             with self.conn_or_acquire() as client:
-                client.ltrim(queue, 0, KEPT_MESSAGES - 1)
+                client.ltrim(queue, 0, _last(message["body"]))
 
     def _do_restore_message(
         self, payload: Any, exchange: str, routing_key: str, pipe: Any, leftmost: bool = False
@@ -196,7 +229,7 @@ class _Channel(kombu_redis.Channel):
         body = json.dumps({**payload, "properties": {**payload["properties"], "deliveries": deliveries + self.counts}})
         if deliveries > self.delivery_limits.get(routing_key, 0) and self.counts:
             pipe.lpush(self.dead_queue, body)
-            pipe.ltrim(self.dead_queue, 0, KEPT_MESSAGES - 1)
+            pipe.ltrim(self.dead_queue, 0, _last(body))
         else:
             (pipe.lpush if leftmost else pipe.rpush)(routing_key, body)
 
@@ -220,7 +253,7 @@ class Redis:
         held, since = self._topology.held(self._own.account)
         return {
             **address(self._settings.broker_address()),
-            "broker_use_ssl": self._settings.tls.redis(),
+            "broker_use_ssl": self._settings.broker_tls.redis(),
             "broker_transport_options": {
                 "visibility_timeout": VISIBILITY_TIMEOUT,
                 "unacked_restore_interval": VISIBILITY_TIMEOUT / 6,
@@ -229,6 +262,7 @@ class Redis:
                 "dead_queue": self._topology.dead,
                 "quarantine_queue": self._topology.quarantine,
                 "delivery_limits": {queue.broker_name: queue.delivery_limit for queue in self._topology.queues},
+                "fanout_prefix": FANOUT_PREFIX,
                 "priority_steps": [0],  # one list for each queue: a list for each priority would be a key more to guard
                 "socket_connect_timeout": 5,
                 "socket_timeout": ANSWER_TIMEOUT,
@@ -236,3 +270,20 @@ class Redis:
             },
             **queues(self._topology, Exchange("", type="direct", no_declare=True), None),
         }
+
+    def declare(self, connection: Any) -> None:
+        """Do nothing: a list exists once it is pushed to."""
+
+    def broadcast(self, what: str, kind: str) -> Exchange:
+        """Return what stands for pub/sub channels; ``kind`` is RabbitMQ's."""
+        return Exchange(self._topology.celery(what), "fanout")
+
+    def quarantined(self, connection: Any) -> Iterator[tuple[bytes, Callable[[], Any]]]:
+        """Yield each record in the quarantine, with what removes it.
+
+        The newest comes first, counted from the oldest: what is added or removed meanwhile moves none of the next.
+        """
+        queue, client = self._topology.quarantine, connection.default_channel.client
+        for at in range(-client.llen(queue), 0):
+            for item in client.lrange(queue, at, at):
+                yield base64.b64decode(rebuild(item, queue)["body"]), partial(client.lrem, queue, -1, item)

@@ -1,7 +1,8 @@
 """Signing keys and the algorithm that follows from each.
 
 Guards against: algorithm confusion. The message never chooses: Ed25519 means EdDSA, P-256 means ES256, RSA means PS256,
-and any other key is no signing key (RFC 7518 section 3, RFC 8037 section 3.1, RFC 8725 section 3.1).
+and any other key is no signing key (RFC 7518 section 3, RFC 8037 section 3.1, RFC 8725 section 3.1). RFC 9864 has since
+named the same algorithm ``Ed25519``; PyJWT knows only ``EdDSA``, and what goes over the wire is one name and no choice.
 Rests on: ``cryptography`` for the primitives.
 Controls: SIG-1, SIG-2.
 """

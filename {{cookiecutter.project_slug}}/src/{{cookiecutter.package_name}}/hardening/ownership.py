@@ -12,6 +12,8 @@ retry) is sent on behalf of its origin; what a task's own code sends is the work
 A client sends ``a | b``, and the code of ``a`` calls ``c.delay()``. The worker signs both ``b`` and ``c``. The origin
 of ``b`` is the client, who must be allowed to send it; that of ``c`` is the worker, whose pool must be. Both are owned
 by the client, who can wait for either.
+
+Whoever calls another service is a stranger there: nobody acts through it, and what it sends is its own.
 """
 
 from __future__ import annotations
@@ -48,16 +50,20 @@ def acting_for(request: Any) -> Iterator[None]:
         _acting.reset(token)
 
 
-def owner(own: Identity) -> str:
-    """Return the SPIFFE ID of whoever owns what is sent or stored now; ``own`` is this process's identity."""
+def owner(own: Identity, audience: str) -> str:
+    """Return the SPIFFE ID of whoever owns what is sent to or stored by ``audience`` now; ``own`` is this process."""
+    if own.audience != audience:
+        return str(own)
     acting = _acting.get()
     if acting is not None:
         return acting[1]
     return str(getattr(current_request(), "owner", None) or own)
 
 
-def origin(own: Identity, task_id: str, task: str) -> str:
-    """Return the SPIFFE ID of whoever asked for the task that is sent now."""
+def origin(own: Identity, audience: str, task_id: str, task: str) -> str:
+    """Return the SPIFFE ID of whoever asked for the task that is sent to ``audience`` now."""
+    if own.audience != audience:
+        return str(own)
     acting = _acting.get()
     if acting is not None:
         return acting[0]
@@ -72,8 +78,6 @@ def current_request() -> Any:
 
 
 @lru_cache(maxsize=1024)
-def namespace(owner: str, own: Identity) -> str:
-    """Return how keys name an owner: ``client``, ``client.web``, or ``billing/client`` of another application."""
-    identity = Identity.parse(owner)
-    name = f"{identity.role}.{identity.name}" if identity.name else identity.role.value
-    return name if identity.audience == own.audience else f"{identity.application}/{name}"
+def namespace(owner: str, audience: str) -> str:
+    """Return how an application's keys name an owner; see :meth:`Identity.namespace`."""
+    return Identity.parse(owner).namespace(audience)

@@ -14,6 +14,7 @@ import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from celery.utils.time import subtract_datetimes
 from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE
 
 from . import claims, codec, intake, ownership
@@ -21,6 +22,7 @@ from .envelope import CONTENT_TYPE, Type
 from .errors import ConfigurationRefused, DelayTooLong, TooLarge
 
 if TYPE_CHECKING:
+    from celery import Celery
     from celery.app.amqp import AMQP
 
     from .harden import Hardening
@@ -48,7 +50,7 @@ class TaskProducer:
         Raises:
             kombu.exceptions.EncodeError: an argument has no JSON form.
             TooLarge, BadShape, DelayTooLong: the worker would refuse it.
-            ConfigurationRefused: the message's queue is not in the topology.
+            ConfigurationRefused: the message's queue is not in the topology, or nobody would accept our certificate.
             amqp.exceptions.ChannelError: the broker refuses it or cannot route it (mandatory, confirmed).
             kombu.exceptions.OperationalError: the broker cannot be reached, or does not confirm the message.
         """
@@ -58,15 +60,14 @@ class TaskProducer:
         envelope = self._sign(body, headers, options)
         if len(envelope) > self._hardening.settings.message_max_bytes:
             raise TooLarge
-        for unsigned in ("serializer", "compression", "reply_to", "correlation_id", "mandatory", "immediate"):
+        for unsigned in ("serializer", "compression", "reply_to", "correlation_id", "app_id", "mandatory", "immediate"):
             options.pop(unsigned, None)
+        options.pop("expiration", None)  # a broker would drop the message and tell nobody; a worker tells its caller
         return self._producer.publish(
             envelope,
             **options,
-            headers={
-                "task": headers["task"],
-                "id": headers["id"],
-            },  # for people who look at the queue; nobody trusts them
+            # For people who look at the queue; nobody trusts them.
+            headers={"task": headers["task"], "id": headers["id"]},
             content_type=CONTENT_TYPE,
             content_encoding="utf-8",
             mandatory=True,
@@ -74,7 +75,8 @@ class TaskProducer:
 
     def _sign(self, body: Any, headers: dict[str, Any], options: dict[str, Any]) -> bytes:
         args, kwargs, embed = body
-        signer = self._hardening.signer
+        self._hardening.settings.credentials.check()
+        signer, audience = self._hardening.signer, self._hardening.audience
         now = int(time.time())
         task = claims.task_fields(headers, options)
         eta = claims.utc(task["eta"]).timestamp() if "eta" in task else now
@@ -83,12 +85,12 @@ class TaskProducer:
         payload = codec.encode(
             {
                 "iss": str(signer.identity),
-                "aud": signer.identity.audience,
+                "aud": audience,
                 "iat": now,
                 "exp": int(max(now, eta)) + self._hardening.settings.message_max_age,
                 "jti": claims.new_id(),
-                "origin": ownership.origin(signer.identity, headers["id"], headers["task"]),
-                "owner": ownership.owner(signer.identity),
+                "origin": ownership.origin(signer.identity, audience, headers["id"], headers["task"]),
+                "owner": ownership.owner(signer.identity, audience),
                 "queue": self._queue(options.get("routing_key")),
                 "task": task,
                 "args": args,
@@ -102,13 +104,30 @@ class TaskProducer:
     def _queue(self, routing_key: Any) -> str:
         queue = _DELAY_PREFIX.sub("", str(routing_key), count=1)
         if queue not in self._hardening.queues:
-            raise ConfigurationRefused(
-                "queue",
-                f"there is no queue {queue!r} in the topology",
-                "add it, then run `make topology`",
-                "queue.unknown",
-            )
+            reason, fix = f"there is no queue {queue!r} in the topology", "add it, then run `make topology`"
+            raise ConfigurationRefused("queue", reason, fix, "queue.unknown")
         return queue
+
+
+def delayed_by_seconds(app: Celery) -> Any:
+    """Return ``app.send_task`` for RabbitMQ, where a delay of less than a second becomes one.
+
+    Celery would ask for a delay of 0 seconds, and kombu raise ValueError: a retry after 0.5 s would fail its task.
+    """
+    send = app.send_task
+
+    def send_task(
+        name: str, args: Any = None, kwargs: Any = None, countdown: Any = None, eta: Any = None, *rest: Any, **more: Any
+    ) -> Any:
+        delay = countdown
+        if eta:
+            moment = claims.utc(eta) if isinstance(eta, str) else eta
+            delay = subtract_datetimes(moment, app.now()).total_seconds()
+        if delay and 0 < delay < 2:  # not 1: time goes by until Celery looks at it
+            countdown, eta = max(1, delay), None
+        return send(name, args, kwargs, countdown, eta, *rest, **more)
+
+    return send_task
 
 
 class SigningAMQP(AMQP):

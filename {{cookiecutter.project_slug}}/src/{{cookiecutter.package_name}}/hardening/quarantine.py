@@ -4,6 +4,8 @@ Guards against: evidence and work lost by a refusal (stock Celery acknowledges a
 and bodies printed to logs.
 Rests on: publisher confirms. Only after the broker has confirmed the copy is the original acknowledged; if it cannot be
 stored, the original is rejected to the dead-letter queue, whose length the broker bounds.
+What is put back into its queue is followed by an operator's countersignature, since not all of it would pass without;
+the gate judges it again, and the replay guard lets it run once. It is put back by ``refused``.
 Controls: AUT-5.
 """
 
@@ -15,13 +17,65 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from . import audit, codec
+from .claims import Text
+from .control import Claims, sign, verify
 from .envelope import CONTENT_TYPE, Type
-from .errors import MessageRefused
+from .errors import BadSignature, MessageRefused
+from .identity import Identity, Role
 
 if TYPE_CHECKING:
     from .harden import Hardening
 
 _TEXT_MAX = 255
+#: Between an envelope and its countersignature; in neither of them.
+MARK = b"~"
+#: Longest mark and countersignature, in bytes: a chain of certificates, and little else.
+COUNTERSIGNATURE_MAX = 20 * 1024
+
+
+class Release(Claims):
+    """An operator's countersignature under the one message with this SHA-256."""
+
+    kind = Type.RELEASE
+    signers = frozenset({Role.OPERATOR})
+    lifetime = 86_400
+    of: Text
+
+
+def countersign(hardening: Hardening, envelope: bytes) -> bytes:
+    """Return what a gate takes once more; raises PermissionError if this process is no operator."""
+    return envelope + MARK + sign(hardening, Release, of=hashlib.sha256(envelope).hexdigest())
+
+
+def released(hardening: Hardening, body: bytes) -> tuple[bytes, Identity | None]:
+    """Return a delivered envelope, and the operator of this application who has countersigned it, if there is one.
+
+    Raises:
+        MessageRefused: the countersignature is no operator's, of another message, or too old.
+    """
+    envelope, mark, countersignature = body.partition(MARK)
+    if not mark:
+        return envelope, None
+    release, operator = verify(hardening, Release, countersignature)
+    if release.of != hashlib.sha256(envelope).hexdigest():
+        raise BadSignature("of another message")
+    return envelope, operator
+
+
+def put(app: Any, envelope: bytes, exchange: str, queue: str) -> None:
+    """Publish an envelope; when this returns, the broker has it in that queue."""
+    with app.producer_or_acquire() as producer:
+        producer.publish(
+            envelope,
+            exchange=exchange,
+            routing_key=queue,
+            content_type=CONTENT_TYPE,
+            content_encoding="utf-8",
+            delivery_mode=2,
+            mandatory=True,
+            retry=True,
+            retry_policy={"max_retries": 2, "interval_start": 0, "interval_step": 0.2},
+        )
 
 
 class Quarantine:
@@ -59,25 +113,14 @@ class Quarantine:
 
     def _tell_caller(self, refusal: MessageRefused) -> None:
         try:
-            if refusal.claims is not None:
+            if refusal.claims is not None and refusal.told:
                 self._app.backend.store_refusal(refusal)
         except Exception as error:  # the caller then waits until its timeout; the refusal itself stands
             audit.record(audit.Event.CALLER_NOT_TOLD, code=refusal.code, error=type(error).__name__)
 
     def _publish(self, record: dict[str, Any]) -> None:
         envelope = self._hardening.signer.sign(Type.QUARANTINE, codec.encode(record))
-        with self._app.producer_or_acquire() as producer:
-            producer.publish(
-                envelope,
-                exchange=self._hardening.broker.quarantine_exchange,
-                routing_key=self._hardening.topology.quarantine,
-                content_type=CONTENT_TYPE,
-                content_encoding="utf-8",
-                delivery_mode=2,
-                mandatory=True,
-                retry=True,
-                retry_policy={"max_retries": 2, "interval_start": 0, "interval_step": 0.2},
-            )
+        put(self._app, envelope, self._hardening.broker.quarantine_exchange, self._hardening.topology.quarantine)
 
     def _record(self, message: Any, refusal: MessageRefused) -> dict[str, Any]:
         body = _bytes(message.body)

@@ -29,7 +29,7 @@ from celery import states
 from celery.backends.cache import CacheBackend
 from celery.backends.redis import RedisBackend
 from celery.backends.redis import ResultConsumer as RedisResultConsumer
-from celery.canvas import maybe_signature
+from celery.canvas import group, maybe_signature
 from celery.result import result_from_tuple
 from celery.utils.serialization import ensure_serializable
 from kombu.exceptions import EncodeError
@@ -38,6 +38,7 @@ from . import audit, codec, ownership
 from .envelope import Type, Verified
 from .errors import BadShape, ForeignResult, MessageRefused, WrongAudience
 from .identity import Role
+from .limits import spare_files
 from .tls import VerifiedSSLConnection
 
 if TYPE_CHECKING:
@@ -68,14 +69,14 @@ class SignedResults(Backend):
             PermissionError: not a result, chord part or group; or a result, and this signer is no worker.
         """
         kind = _kind(data)
-        signer = self._hardening.signer
-        if kind is None or (kind[0] != _GROUP and signer.identity.role is not Role.WORKER):
+        signer, audience = self._hardening.signer, self._hardening.audience
+        if kind is None or (kind[0] != _GROUP and not self._hardening.works):
             raise PermissionError("only a worker signs results, and nothing but results")
         claims = {
             "iss": str(signer.identity),
-            "aud": signer.identity.audience,
+            "aud": audience,
             "iat": int(time.time()),
-            "owner": ownership.owner(signer.identity),
+            "owner": ownership.owner(signer.identity, audience),
             "kind": kind[0],
             "of": kind[1],
             "value": data,
@@ -100,19 +101,20 @@ class SignedResults(Backend):
             raise
 
     def _verified(self, payload: bytes | str) -> Any:
-        own = self._hardening.signer.identity
-        verified: Verified = self._hardening.verifier.verify(Type.RESULT, payload)
+        own, audience = self._hardening.signer.identity, self._hardening.audience
+        verified: Verified = self._hardening.verify(Type.RESULT, payload)
         claims = codec.decode(verified.payload)
         signer = verified.signer.identity
         if not isinstance(claims, dict) or claims.keys() != {"iss", "aud", "iat", "owner", "kind", "of", "value"}:
             raise BadShape
         if claims["iss"] != str(signer) or (claims["kind"], claims["of"]) != _kind(claims["value"]):
             raise BadShape("kind")
-        if claims["aud"] != own.audience or signer.audience != own.audience:
+        group = claims["kind"] == _GROUP and claims["owner"] == str(signer)  # who sends one saves it itself
+        if claims["aud"] != audience or (signer.audience != audience and not group):
             raise WrongAudience
-        if signer.role is not Role.WORKER and (claims["kind"] != _GROUP or claims["owner"] != str(signer)):
+        if signer.role is not Role.WORKER and not group:
             raise ForeignResult("not signed by a worker")
-        if claims["owner"] != ownership.owner(own):
+        if claims["owner"] != ownership.owner(own, audience):
             raise ForeignResult("of another caller")
         verified.signer.check_issue(claims["iat"])
         return claims["value"]
@@ -135,6 +137,12 @@ class SignedResults(Backend):
             "exc_message": ensure_serializable(exc.args, codec.encode),
             "exc_module": kind.__module__,
         }
+
+    def exception_to_python(self, exc: Any) -> Any:
+        """Return a stored exception; a refusal by another service, whose package is not here, is one of ours."""
+        if isinstance(exc, dict) and str(exc.get("exc_module")).endswith(".hardening.errors"):
+            exc = {**exc, "exc_module": MessageRefused.__module__}
+        return super().exception_to_python(exc)
 
     def get_key_for_task(self, task_id: Any, key: Any = "") -> Any:
         """Return the key of a result, under its owner's name."""
@@ -162,6 +170,7 @@ class SignedResults(Backend):
         self, task_id: str, exc: BaseException, traceback: Any = None, request: Any = None, **kwargs: Any
     ) -> Any:
         """Store a failure, fail the rest of its chain and send its errbacks, all on behalf of the request's origin."""
+        spare_files()
         with ownership.acting_for(request):
             return super().mark_as_failure(task_id, exc, traceback, request, **kwargs)
 
@@ -172,7 +181,8 @@ class SignedResults(Backend):
         """
         for errback in request.errbacks:
             try:
-                maybe_signature(errback, app=self.app).apply_async(
+                # A group, as Celery has it among the failed task's children; of one each, for one can fail.
+                group((maybe_signature(errback, app=self.app),), app=self.app).apply_async(
                     (request.id,), parent_id=request.id, root_id=request.root_id or request.id
                 )
             except Exception as error:  # one that cannot be sent must not keep the failure from being settled
@@ -209,7 +219,7 @@ class SignedResults(Backend):
             meta = super()._get_task_meta_for(task_id)
             return self._own(meta, task_id)
         except MessageRefused:
-            if self._hardening.signer.identity.role is Role.WORKER:
+            if self._hardening.works:
                 return dict(_PENDING)  # a forged value must not keep a worker from storing the genuine one
             raise
 
@@ -231,12 +241,16 @@ class SignedResults(Backend):
         """Return an id under its owner's name: the same id of two callers is two keys."""
         if not name:
             raise ValueError("an id must not be empty")
-        own = self._hardening.signer.identity
-        return f"{ownership.namespace(ownership.owner(own), own)}:{name}"
+        audience = self._hardening.audience
+        owner = ownership.owner(self._hardening.signer.identity, audience)
+        return f"{ownership.namespace(owner, audience)}:{name}"
 
 
 class _VerifyingConsumer(RedisResultConsumer):
-    """Waits for results on pub/sub channels; what does not verify there is ignored, the genuine one still comes."""
+    """Waits for results on pub/sub channels; of what does not verify there, the stored value says what it is.
+
+    None or a genuine one: it was forged. One that is refused as well ends the waiting with the reason.
+    """
 
     _decode_result: Any
     backend: SignedResults
@@ -255,9 +269,17 @@ class _VerifyingConsumer(RedisResultConsumer):
         self._decode_result = decode_or_ignore
 
     def on_state_change(self, meta: dict[str, Any], message: Any) -> None:
-        """Hand over what verified."""
+        """Hand over what verified, or the refusal of what is stored."""
+        if meta.get("task_id") is None and message is not None:
+            meta = self._stored(self.backend._strip_prefix(message["channel"]))
         if meta.get("task_id") is not None:
             super().on_state_change(meta, message)
+
+    def _stored(self, task_id: str) -> dict[str, Any]:
+        try:
+            return dict(self.backend._get_task_meta_for(task_id))
+        except MessageRefused as refusal:
+            return {"status": states.FAILURE, "result": refusal, "traceback": None, "task_id": task_id}
 
 
 class SignedRedisBackend(SignedResults, RedisBackend):

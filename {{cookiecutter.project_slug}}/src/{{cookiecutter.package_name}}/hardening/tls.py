@@ -34,14 +34,11 @@ from .files import read_private_file, read_public_file
 MINIMUM_VERSION = ssl.TLSVersion.TLSv1_2
 
 #: For TLS 1.2: authenticated encryption and forward secrecy only. TLS 1.3 has no other suites and ignores it.
-CIPHERS = ":".join((
-    "ECDHE-ECDSA-AES256-GCM-SHA384",
-    "ECDHE-RSA-AES256-GCM-SHA384",
-    "ECDHE-ECDSA-CHACHA20-POLY1305",
-    "ECDHE-RSA-CHACHA20-POLY1305",
-    "ECDHE-ECDSA-AES128-GCM-SHA256",
-    "ECDHE-RSA-AES128-GCM-SHA256",
-))  # fmt: skip
+CIPHERS = ":".join(
+    f"ECDHE-{key}-{suite}"
+    for suite in ("AES256-GCM-SHA384", "CHACHA20-POLY1305", "AES128-GCM-SHA256")
+    for key in ("ECDSA", "RSA")
+)
 
 #: Seconds. A server that speaks no TLS may take Redis's greeting for a long line, and wait for its end.
 HANDSHAKE_TIMEOUT = 5.0
@@ -215,9 +212,7 @@ def _check_pair(certificate: Path, key: Path) -> None:
         raise _refuse(CERTIFICATE_SETTING, f"{certificate} expired at {until:%Y-%m-%d %H:%M} UTC", "renew it")
     if now < since:
         raise _refuse(
-            CERTIFICATE_SETTING,
-            f"{certificate} is not valid before {since:%Y-%m-%d %H:%M} UTC",
-            "check the clock",
+            CERTIFICATE_SETTING, f"{certificate} is not valid before {since:%Y-%m-%d %H:%M} UTC", "check the clock"
         )
 
 

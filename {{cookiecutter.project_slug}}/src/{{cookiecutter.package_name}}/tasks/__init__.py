@@ -4,6 +4,6 @@ Importing a task imports the application, so that what calls it never reaches Ce
 """
 
 from ..app import app
-from . import documents
+from . import notify, report, thumbnail
 
-__all__ = ["app", "documents"]
+__all__ = ["app", "notify", "report", "thumbnail"]
