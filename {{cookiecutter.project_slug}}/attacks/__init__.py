@@ -6,11 +6,18 @@ what the attacker must hold, does it, and looks at the effect: a task ran, a res
 Assumes nothing about either target's logs. An honest message is served before and after each attack, or the run is an
 error and proves nothing.
 
-Read `no_key.py` first; the other three modules assume more of the attacker, in the order `seen.py`, `signer.py`,
-`backend.py`. Everything here starts its own servers on loopback and attacks only those.
+The broker is the project's own, RabbitMQ or Redis. Read `no_key.py` first; the other modules assume more of the
+attacker, in the order `seen.py`, `signer.py`, `backend.py`; `control.py` is about what is no task. Everything here
+starts its own servers on loopback and attacks only those.
 """
 
+import tomllib
 from pathlib import Path
 
-PACKAGE = next((Path(__file__).resolve().parents[1] / "src").glob("*/hardening/__init__.py")).parents[1].name
+PROJECT = Path(__file__).resolve().parents[1]
+
+PACKAGE = next((PROJECT / "src").glob("*/hardening/__init__.py")).parents[1].name
 """The project's package. Found, not written down: no file here needs to know its name."""
+
+BROKER: str = tomllib.loads((PROJECT / "topology.toml").read_text(encoding="utf-8"))["broker"]
+"""The project's broker: `rabbitmq` or `redis`."""

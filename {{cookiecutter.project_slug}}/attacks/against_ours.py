@@ -25,8 +25,9 @@ from stack import Stack
 from stack.pki import Pair
 
 from . import PACKAGE
+from .attack import REDIS
 from .target import Target
-from .wire import Message
+from .wire import Message, Wire
 
 _TASK, _RESULT = "celery-task+jws", "celery-result+jws"
 _AUDIENCE = "spiffe://victim.test/development/victim"
@@ -43,7 +44,9 @@ class Ours(Target):
     other_queue = "victim.reports"
 
     def __init__(self, stack: Stack, observer: Pair) -> None:
-        super().__init__(stack, observer, stack.topology.vhost)
+        topology = stack.topology
+        space = "0" if topology.broker == REDIS else topology.vhost
+        super().__init__(stack, observer, space, topology.held("worker"))
         settings = {role: stack.environment(role) for role in stack.topology.accounts}
         self.signers = {
             role: Pair(Path(one["SECURE_CELERY_SECURITY_CERTIFICATE"]), Path(one["SECURE_CELERY_SECURITY_KEY"]))
@@ -57,19 +60,22 @@ class Ours(Target):
                 "neighbour", f"{_AUDIENCE.replace('development/victim', 'development/other')}/client"
             ),
         }
-        clients = {
-            role: Pair(
-                Path(settings[role]["SECURE_CELERY_TLS_CERTIFICATE"]), Path(settings[role]["SECURE_CELERY_TLS_KEY"])
-            )
-            for role in ("client", "worker")
-        }
-        self.attacker = self.wire(stack.topology.vhost, clients["client"])
-        self.results = self.backend(stack.topology.account("worker"), clients["worker"])
+        self.attacker = self.wire(topology.account("client"), self.client("client"))
+        self.results = self.backend(topology.account("worker"), self.client("worker"))
         self._refused: list[str] = []
 
     def environment(self, role: str) -> dict[str, str]:
         """See `Target`."""
         return self.stack.environment(role)
+
+    def client(self, role: str) -> Pair:
+        """A role's TLS certificate and key."""
+        own = self.environment(role)
+        return Pair(Path(own["SECURE_CELERY_TLS_CERTIFICATE"]), Path(own["SECURE_CELERY_TLS_KEY"]))
+
+    def colleague(self) -> Wire:
+        """See `Target`."""
+        return self.wire(self.stack.topology.account("worker"), self.client("worker"))
 
     # -- envelopes ----------------------------------------------------------------------------------------------------
 
@@ -91,10 +97,12 @@ class Ours(Target):
 
     def _sign_by_hand(self, signer: str, payload: bytes, **header: Any) -> bytes:
         """An envelope under any header; a member that is None is left out."""
-        fields = {"alg": "EdDSA", "typ": _TASK, "x5c": _x5c(*self._chain(signer)), **header}
+        keys = import_module(f"{PACKAGE}.hardening.keys")
+        key = self._key(signer)
+        fields = {"alg": keys.algorithm_of(key.public_key()), "typ": _TASK, "x5c": _x5c(*self._chain(signer)), **header}
         fields = {name: value for name, value in fields.items() if value is not None}
         data = _b64(json.dumps(fields, separators=(",", ":")).encode()) + b"." + _b64(payload)
-        return data + b"." + _b64(self._key(signer).sign(data))
+        return data + b"." + _b64(keys.signer(key)(data))
 
     def _claims(
         self, signer: str, task: str, args: Any, embed: Mapping[str, Any] | None, /, **claims: Any
@@ -157,11 +165,12 @@ class Ours(Target):
     def pickled(self, signer: str, pickle: bytes) -> Iterator[Message]:
         """As the body, as the payload, announced in the header, inside the claims, and in stock's own signed form."""
         pickle_type, text = "application/x-python-serialize", base64.b64encode(pickle).decode()
+        pickled: dict[str, Any] = {"serializer": "pickle", "content_type": pickle_type}  # allow serializer: the attack
         envelope = self._sign(signer, pickle)
         yield self._message(envelope)
         yield self._message(envelope).with_properties(content_type=pickle_type)
         yield self._message(envelope).with_properties(content_encoding="pickle")
-        yield self._message(envelope, serializer="pickle", content_type=pickle_type)
+        yield self._message(envelope, **pickled)
         yield self._message(pickle).with_properties(content_type=pickle_type, content_encoding="binary")
         yield self._message(self._sign_by_hand(signer, pickle, cty=pickle_type))
         yield self._message(self._sign_by_hand(signer, pickle, typ=pickle_type))
@@ -171,8 +180,8 @@ class Ours(Target):
         yield self.signed(signer, "attacks.pay", text)
         yield self.signed(signer, "attacks.pay", {"__type__": "pickle", "__value__": text})
         yield self.signed(signer, "attacks.pay", {"__type__": "bytes", "__value__": text})
-        yield self.signed(signer, "attacks.pay", 1, embed={"serializer": "pickle", "content_type": pickle_type})
-        yield self.signed(signer, "attacks.pay", 1, content_type=pickle_type, serializer="pickle")
+        yield self.signed(signer, "attacks.pay", 1, embed=pickled)
+        yield self.signed(signer, "attacks.pay", 1, **pickled)
 
     def unsigned(self, task: str, /, *args: Any) -> Iterator[Message]:
         """Plain, and as envelopes whose algorithm would make the signature mean nothing (RFC 8725 section 2.1)."""
@@ -187,7 +196,7 @@ class Ours(Target):
             leaf.public_bytes(Encoding.PEM),
             leaf.public_bytes(Encoding.DER),
             key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
-            key.public_bytes(Encoding.Raw, PublicFormat.Raw),
+            key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint),
         )
         for algorithm in ("none", "None", "", "HS256"):
             fields = {"alg": algorithm, "typ": _TASK, "x5c": _x5c(leaf)}
@@ -204,8 +213,9 @@ class Ours(Target):
         """The client's certificate alone, before and behind one's own, none at all, and a key in the header instead."""
         payload = json.dumps(self._claims("client", task, args, None)).encode()
         client, stranger = self._chain("client")[0], self._chain("stranger")[0]
-        public = stranger.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-        jwk = {"kty": "OKP", "crv": "Ed25519", "x": _b64(public).decode()}
+        public = stranger.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        x, y = (_b64(part).decode() for part in (public[1:33], public[33:]))  # SEC 1 section 2.3.3: after the byte 4
+        jwk = {"kty": "EC", "crv": "P-256", "x": x, "y": y}
         headers: tuple[dict[str, Any], ...] = (
             {"x5c": _x5c(client)},
             {"x5c": _x5c(client, stranger)},
@@ -279,9 +289,10 @@ class Ours(Target):
 
     def defence(self) -> str:
         """See `Target`."""
-        reasons = [f"{count} x {code}" for code, count in sorted(Counter(self.quarantined()).items())]
-        reasons += [f"{self.forbidden} not let in by the broker"] * bool(self.forbidden)
-        return f"in quarantine: {', '.join(reasons)}" if reasons else "nothing to refuse"
+        refused = [f"{count} x {code}" for code, count in sorted(Counter(self.quarantined()).items())]
+        defences = [f"in quarantine: {', '.join(refused)}"] * bool(refused)
+        defences += [f"refused by the broker: {self.forbidden}"] * bool(self.forbidden)
+        return "; ".join(defences) or "nothing came of it"
 
     def clear(self) -> None:
         """See `Target`."""

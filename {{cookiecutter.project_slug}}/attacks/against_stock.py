@@ -1,4 +1,8 @@
-"""Stock Celery as a target: its accounts, its RSA signers, and how an attacker writes messages for it."""
+"""Stock Celery as a target: its account, its RSA signers, and how an attacker writes messages for it.
+
+It has one account at broker and backend, because its guide knows no other way: whoever sends or consumes declares
+queues, and everyone must be able to use them.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +22,22 @@ from cryptography.x509.oid import NameOID
 from stack import Stack
 from stack.pki import Pair
 
+from .attack import REDIS
 from .target import Target
-from .wire import Message
+from .wire import Message, Wire
 
-VHOST = "stock"
-ACCOUNTS = ("stock.client", "stock.worker")
-BACKEND_RULES = tuple(f"user {account} on resetpass ~celery-* &celery-* +@all" for account in ACCOUNTS)
+ACCOUNT = VHOST = "stock"
+DATABASE = "1"
+RULE = f"user {ACCOUNT} on resetpass ~* &* +@all"
 _AUTH = {"content_type": "application/data", "content_encoding": "utf-8"}
 
 
 def definitions(document: dict[str, Any]) -> dict[str, Any]:
-    """Give stock a vhost of its own in which its accounts may do everything, as Celery expects."""
+    """Give stock a vhost of its own in which its account may do everything, as Celery expects."""
     document["vhosts"].append({"name": VHOST})
-    for account in ACCOUNTS:
-        document["users"].append({"name": account, "password_hash": "", "tags": ""})
-        everything = {"configure": ".*", "write": ".*", "read": ".*"}
-        document["permissions"].append({"user": account, "vhost": VHOST, **everything})
+    document["users"].append({"name": ACCOUNT, "password_hash": "", "tags": ""})
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    document["permissions"].append({"user": ACCOUNT, "vhost": VHOST, **everything})
     return document
 
 
@@ -46,36 +50,43 @@ class Stock(Target):
     other_queue = "reports"
 
     def __init__(self, stack: Stack, observer: Pair) -> None:
-        super().__init__(stack, observer, VHOST)
+        redis = stack.topology.broker == REDIS
+        super().__init__(stack, observer, DATABASE if redis else VHOST, ("unacked", "unacked_index"))
         self.folder = stack.folder / "stock-signers"
         self.store = self.folder / "store"
         for folder in (self.folder, self.store):
             stack.account.folder(folder)
         for role in ("client", "worker", "shop", "monitor", "stranger"):
             self._issue(role)
-        self.clients = {account: stack.pki.tls.client(account) for account in ACCOUNTS}
-        self.attacker = self.wire(VHOST, self.clients["stock.client"])
-        self.observer.channel().queue_declare(self.other_queue, durable=True, auto_delete=False)
-        self.results = self.backend("stock.worker", self.clients["stock.worker"])
+        self.client = stack.pki.tls.client(ACCOUNT)
+        self.attacker = self.wire(ACCOUNT, self.client)
+        self.observer.declare(self.other_queue)
+        self.results = self.backend(ACCOUNT, self.client)
 
     def environment(self, role: str) -> dict[str, str]:
         """See `Target`; TLS and accounts are as good as ours."""
-        account = f"stock.{role}"
         ours = self.stack.environment("client")
         broker = urlsplit(ours["SECURE_CELERY_BROKER_URL"])
         backend = urlsplit(ours["SECURE_CELERY_RESULT_BACKEND"])
-        password = (self.stack.folder / "redis" / f"{account}.password").read_text()
+        login = self._login("redis-broker") if broker.scheme == "rediss" else ""
         values = {
-            "BROKER_URL": f"amqps://{broker.netloc}/{VHOST}",
-            "RESULT_BACKEND": f"rediss://{account}:{password}@{backend.hostname}:{backend.port}/0",
+            "BROKER_URL": f"{broker.scheme}://{login}{broker.hostname}:{broker.port}/{self.space}",
+            "RESULT_BACKEND": f"rediss://{self._login('redis')}{backend.hostname}:{backend.port}/0",
             "TLS_CA": ours["SECURE_CELERY_TLS_CA"],
-            "TLS_CERTIFICATE": self.clients[account].certificate,
-            "TLS_KEY": self.clients[account].key,
+            "TLS_CERTIFICATE": self.client.certificate,
+            "TLS_KEY": self.client.key,
             "SECURITY_KEY": self.folder / f"{role}.key",
             "SECURITY_CERTIFICATE": self.store / f"{role}.pem",
             "SECURITY_CERT_STORE": self.store / "*.pem",
         }
         return {f"STOCK_{name}": str(value) for name, value in values.items()}
+
+    def _login(self, server: str) -> str:
+        return f"{ACCOUNT}:{self.password(server, ACCOUNT)}@"
+
+    def colleague(self) -> Wire:
+        """There is one account for all."""
+        return self.attacker
 
     def _issue(self, role: str) -> None:
         """A self-signed RSA certificate, the only kind that stock takes; the stranger's is not in the store."""
@@ -108,8 +119,8 @@ class Stock(Target):
         store = self.folder if (names or signer) == "stranger" else self.store
         certificate = Certificate((store / f"{names or signer}.pem").read_text())
         signature = key.sign(body, get_digest_algorithm())
-        packed: bytes = SecureSerializer()._pack(body, content_type, "utf-8", certificate.get_id(), signature)
-        return packed
+        packed: str = SecureSerializer()._pack(body, content_type, "utf-8", certificate.get_id(), signature)
+        return packed.encode()
 
     def _message(self, task: str, body: bytes, properties: Mapping[str, Any] = _AUTH, /, **headers: Any) -> Message:
         task_id = str(uuid.uuid4())

@@ -36,7 +36,13 @@ def forged_result(target: Target) -> str | None:
     return f"the caller is told {answer} of a payment never made" if answer == 999 else None
 
 
-@attack("X18", "Forge a result without any key", control="RES-1", assumes=BACKEND, works_on_stock=False)
+@attack(
+    "X18",
+    "Forge a result without any key",
+    control="RES-1",
+    assumes=BACKEND,
+    withstood="its results have to be signed as well",
+)
 def unsigned_result(target: Target) -> str | None:
     pending = target.capture("attacks.pay", 5)
     meta = {"status": "SUCCESS", "result": 999, "traceback": None, "children": [], "task_id": pending.task_id}

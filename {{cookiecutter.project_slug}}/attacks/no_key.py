@@ -8,10 +8,13 @@ that anyone can cause, for the broker hands the message to the next worker.
 from __future__ import annotations
 
 import zlib
+from typing import cast
 
-from .attack import PUBLISH, attack
-from .target import Target
-from .wire import Message
+from stack import StackFailed
+
+from .attack import PUBLISH, RABBITMQ, REDIS, WORKER, attack
+from .target import Target, within
+from .wire import Message, Redis
 
 TEXT = "application/text"
 """kombu decodes it whatever `accept_content` says."""
@@ -96,7 +99,7 @@ def lost_stranger(target: Target) -> str | None:
     return target.lost()
 
 
-@attack("F17", "Lose what is not even a task message", control="INT-1", assumes=PUBLISH)
+@attack("X20", "Lose what is not even a task message", control="INT-1", assumes=PUBLISH)
 def lost_garbage(target: Target) -> str | None:
     message = to_pay(target)
     for body, content_type in (
@@ -111,11 +114,11 @@ def lost_garbage(target: Target) -> str | None:
     return target.lost()
 
 
-@attack("F18", "Stop the fleet: a header dated 2^62", control="INT-1", assumes=PUBLISH)
+@attack("F18", "Stop the fleet: a header dated 2^62", control="INT-1", assumes=PUBLISH, only=RABBITMQ)
 def header_from_the_future(target: Target) -> str | None:
     """py-amqp's OSError passes for a lost connection: reconnect, the same message again, for ever."""
     message = to_pay(target).with_headers(when=2**62)
-    target.inject(message.with_raw_properties(lambda raw: raw.replace(b"\x04whenL", b"\x04whenT")))
+    target.inject(message.rewritten(lambda raw: raw.replace(b"\x04whenL", b"\x04whenT")))
     return target.outage()
 
 
@@ -125,15 +128,15 @@ def lost_compression(target: Target) -> str | None:
     return target.lost()
 
 
-@attack("X1", "Stop the fleet: bytes that are no UTF-8", control="INT-1", assumes=PUBLISH)
+@attack("X1", "Stop the fleet: bytes that are no UTF-8", control="INT-1", assumes=PUBLISH, only=RABBITMQ)
 def not_utf8(target: Target) -> str | None:
     """py-amqp decodes short strings strictly, below anything that Celery could catch."""
     message = to_pay(target).with_properties(correlation_id="AAAA")
-    target.inject(message.with_raw_properties(lambda raw: raw.replace(b"AAAA", b"\xff\xff\xff\xff")))
+    target.inject(message.rewritten(lambda raw: raw.replace(b"AAAA", b"\xff\xff\xff\xff")))
     return target.outage()
 
 
-@attack("X2", "Stop the fleet: a table 2000 tables deep", control="INT-1", assumes=PUBLISH)
+@attack("X2", "Stop the fleet: a table 2000 tables deep", control="INT-1", assumes=PUBLISH, only=RABBITMQ)
 def deep_table(target: Target) -> str | None:
     """py-amqp reads nested tables by recursion."""
     nested = b""
@@ -141,7 +144,7 @@ def deep_table(target: Target) -> str | None:
         nested = b"\x01aF" + len(nested).to_bytes(4, "big") + nested
     # A long string and a table differ by one letter on the wire: send the one, then make it the other.
     message = to_pay(target).with_headers(deep=nested)
-    target.inject(message.with_raw_properties(lambda raw: raw.replace(b"\x04deepS", b"\x04deepF")))
+    target.inject(message.rewritten(lambda raw: raw.replace(b"\x04deepS", b"\x04deepF")))
     return target.outage()
 
 
@@ -152,7 +155,13 @@ def before_time(target: Target) -> str | None:
     return target.outage()
 
 
-@attack("X4", "Have a task run that nobody signed", control="SIG-1", assumes=PUBLISH, works_on_stock=False)
+@attack(
+    "X4",
+    "Have a task run that nobody signed",
+    control="SIG-1",
+    assumes=PUBLISH,
+    withstood="its workers take nothing but what is signed",
+)
 def unsigned(target: Target) -> str | None:
     """On ours also as an envelope with the algorithm `none`, or with a MAC keyed with the public certificate."""
     for message in target.unsigned("attacks.pay", 1):
@@ -161,7 +170,13 @@ def unsigned(target: Target) -> str | None:
     return "an unsigned payment was made" if target.ran("pay") else None
 
 
-@attack("X5", "Sign with a certificate of one's own making", control="SIG-6", assumes=PUBLISH, works_on_stock=False)
+@attack(
+    "X5",
+    "Sign with a certificate of one's own making",
+    control="SIG-6",
+    assumes=PUBLISH,
+    withstood="a signer has to be in its certificate store",
+)
 def own_certificate(target: Target) -> str | None:
     """On ours it carries the very SPIFFE ID of the client."""
     target.inject(target.signed("stranger", "attacks.pay", 1))
@@ -169,10 +184,76 @@ def own_certificate(target: Target) -> str | None:
     return "a stranger's payment was made" if target.ran("pay") else None
 
 
-@attack("X6", "Sign in the name of another's certificate", control="SIG-6", assumes=PUBLISH, works_on_stock=False)
+@attack(
+    "X6",
+    "Sign in the name of another's certificate",
+    control="SIG-6",
+    assumes=PUBLISH,
+    withstood="the signature does not fit the certificate",
+)
 def another_certificate(target: Target) -> str | None:
     """Own key, the client's certificate: alone, beside one's own, or left out for the verifier to find."""
     for message in target.misattributed("attacks.pay", 1):
         target.inject(message)
     target.settle()
     return "a stranger's payment was made" if target.ran("pay") else None
+
+
+@attack("X21", "Take others' messages off the queue", control="BRK-1", assumes=PUBLISH)
+def stolen(target: Target) -> str | None:
+    target.app.tasks["attacks.pay"].apply_async((7,), queue=target.other_queue)
+    try:
+        # Stock publishes without waiting for the broker.
+        taken = within(2.0, lambda: target.attacker.drain(target.other_queue))
+    except PermissionError:
+        target.forbidden += 1
+        return None
+    return "another caller's payment was read, and is gone" if taken else None
+
+
+# -- on Redis, where a message is what somebody pushed ----------------------------------------------------------------
+
+
+def end_by(target: Target, item: bytes) -> str | None:
+    """Push an item that kombu reads before any code of Celery's has a say."""
+    target.inject(to_pay(target).rewritten(lambda _: item))
+    return target.outage()
+
+
+@attack("F17.1", "Stop the fleet: a pushed word", control="INT-1", assumes=PUBLISH, only=REDIS)
+def pushed_word(target: Target) -> str | None:
+    return end_by(target, b"garbage")
+
+
+@attack("F17.2", "Stop the fleet: a pushed list", control="INT-1", assumes=PUBLISH, only=REDIS)
+def pushed_list(target: Target) -> str | None:
+    return end_by(target, b"[1]")
+
+
+@attack("F17.3", "Stop the fleet: headers that are a list", control="INT-1", assumes=PUBLISH, only=REDIS)
+def headers_are_a_list(target: Target) -> str | None:
+    target.inject(to_pay(target).with_properties(application_headers=[1]))
+    return target.outage()
+
+
+@attack("F17.4", "Stop the fleet: a body that is a number", control="INT-1", assumes=PUBLISH, only=REDIS)
+def body_is_a_number(target: Target) -> str | None:
+    return end_by(target, b'{"body": 1, "headers": {}, "properties": {"delivery_tag": "1", "body_encoding": "base64"}}')
+
+
+@attack("F17.5", "Stop the fleet: 5000 lists in each other", control="SER-3", assumes=PUBLISH, only=REDIS)
+def deep_list(target: Target) -> str | None:
+    return end_by(target, b"[" * 5000 + b"]" * 5000)
+
+
+@attack("X22", "Keep workers from starting: a broken entry", control="INT-1", assumes=WORKER, only=REDIS)
+def broken_entry(target: Target) -> str | None:
+    """What workers hold is in Redis, and a worker that starts gives back what others held too long."""
+    wire = cast("Redis", target.colleague())
+    wire.hold("garbage")
+    try:
+        target.start_worker(f"second-{target.name}").stop()
+    except StackFailed:
+        target.restart()  # forgets what is held
+        return "what another worker is said to hold ends every worker that starts"
+    return target.outage()

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import cast
 
-from .attack import RESULT_SEEN, SEEN, attack
+from .attack import REDIS, RESULT_SEEN, SEEN, BrokenAttack, attack
 from .target import Target, within
-from .wire import Message
+from .wire import Message, Redis
 
 REFUND = "attacks.refund"
 
@@ -39,7 +40,7 @@ def other_id(target: Target) -> str | None:
     return f"the attacker's id has the state {state}" if state != "PENDING" else None
 
 
-@attack("F3", "Have one payment made three times", control="SIG-5", assumes=SEEN, pending="the replay guard")
+@attack("F3", "Have one payment made three times", control="SIG-5", assumes=SEEN)
 def replay(target: Target) -> str | None:
     message = target.capture("attacks.pay", 5)
     for _ in range(3):
@@ -124,3 +125,45 @@ def result_for_task(target: Target) -> str | None:
     value = within(5.0, lambda: target.results.get(target.result_key(result.id)))
     target.inject(target.capture("attacks.pay", 5).with_body(value))
     return target.outage()
+
+
+# -- on Redis, where what the broker says of a message is part of the message -----------------------------------------
+
+
+@attack("F20.1", "Have a retry sent where one likes", control="SIG-3", assumes=SEEN, only=REDIS)
+def readdressed(target: Target) -> str | None:
+    """A worker sends a retry to where it was told the message came from; signed with its own key."""
+    target.observer.purge(target.other_queue)
+    message = target.capture("attacks.flaky", "order")
+    here = {"exchange": "", "routing_key": target.other_queue}
+    target.inject(message.with_properties(delivery_info=here))
+    target.settle()
+    stolen = target.observer.drain(target.other_queue)
+    return "the worker sent its retry to the attacker's queue" if stolen else None
+
+
+@attack("F20.2", "Have a payment skipped as made already", control="SIG-3", assumes=SEEN, only=REDIS)
+def called_a_repeat(target: Target) -> str | None:
+    """A careful task looks whether it is being delivered again."""
+    message = target.capture("attacks.pay_once", 5)
+    told = {"exchange": "", "routing_key": target.queue, "redelivered": True}
+    target.inject(message.with_headers(redelivered=True).with_properties(delivery_info=told, redelivered=True))
+    target.settle()
+    return "the payment was skipped, for the message says that it came before" if target.ran("skipped") else None
+
+
+@attack("F20.3", "Lose another's message with its worker", control="INT-1", assumes=SEEN, only=REDIS)
+def chosen_tag(target: Target) -> str | None:
+    """Two messages of one tag: to be done with one is to be done with both. Then the worker is killed."""
+    wire = cast("Redis", target.observer)
+    victim = target.capture("attacks.pay", 7, countdown=60)
+    target.attacker.publish(victim)  # by its honest sender
+    if not within(5.0, lambda: wire.holds(victim)):
+        raise BrokenAttack("the worker does not hold the victim's message")
+    for tag in (victim.properties["delivery_tag"], *wire.tags()):
+        target.inject(next(target.unsigned("attacks.pay", 1)).with_properties(delivery_tag=tag))
+    target.settle()
+    target.worker.process.kill()
+    held = wire.holds(victim)
+    target.restart()
+    return None if held else "the worker was killed, and nothing knows of the payment that it had taken"

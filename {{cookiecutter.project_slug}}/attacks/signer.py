@@ -9,11 +9,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from amqp.exceptions import AMQPError
-
 from .attack import LOW_SIGNER, SIGNER, attack
-from .target import Target, within
+from .target import Target
 
+FLOOD = 40
 WIPE: dict[str, Any] = {
     "task": "attacks.wipe",
     "args": ["everything"],
@@ -73,17 +72,6 @@ def inside_map(target: Target) -> str | None:
     target.inject(target.signed("client", "celery.map", WIPE, ["everything"]))
     target.settle()
     return "the forbidden task ran inside celery.map" if target.ran("wipe") else None
-
-
-@attack("F16", "Shut the worker down by remote control", control="AUT-4", assumes=SIGNER)
-def shutdown(target: Target) -> str | None:
-    try:
-        target.app.control.broadcast("shutdown")
-    except (AMQPError, OSError):
-        target.forbidden += 1  # the broker did not let it
-    else:
-        within(1.0, lambda: not target.worker.alive())
-    return target.outage()
 
 
 @attack("F21", "Have the worker send a retry elsewhere", control="SIG-3", assumes=SIGNER)
@@ -159,3 +147,13 @@ def forbidden_task(target: Target) -> str | None:
     target.inject(target.signed("client", "attacks.wipe", "everything"))
     target.settle()
     return "the client's forbidden task ran" if target.ran("wipe") else None
+
+
+@attack("X23", "Have a costly task run again and again", control="AUT-1", assumes=SIGNER)
+def flood(target: Target) -> str | None:
+    """Each message is genuine, and of a task that its signer may send."""
+    for number in range(FLOOD):
+        target.inject(target.signed("client", "attacks.report", number))
+    target.settle()
+    ran = len(target.ran("report"))
+    return f"{ran} of {FLOOD} ran, one after the other" if ran > FLOOD // 2 else None

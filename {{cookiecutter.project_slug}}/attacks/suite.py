@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from stack import Stack
+from stack.account import write_own
 from stack.pki import Pair
 
-from . import against_stock
+from . import BROKER, PROJECT, against_stock
 from .against_ours import Ours
 from .against_stock import Stock
-from .attack import Attack, BrokenAttack, Outage
-from .report import ERROR, FAILED, SUCCEEDED, Row, Trial
-from .target import Target
+from .attack import ERROR, FAILED, SUCCEEDED, Attack, BrokenAttack, Outage, Row, Trial
+from .target import OBSERVER, Target
 
-PROJECT = Path(__file__).resolve().parents[1]
-OBSERVER = "attacks.observer"
 LIMIT = 120.0
 """Seconds that one attack may take, restarts included; most take less than one."""
 TARGETS: dict[str, Callable[[Stack, Pair], Target]] = {"stock": Stock, "ours": Ours}
+RULES = (against_stock.RULE, f"user {OBSERVER} on resetpass ~* &* +@all")
+"""On Redis: stock's account, and the harness's own."""
 
 
 def definitions(document: dict[str, Any]) -> dict[str, Any]:
@@ -48,13 +48,9 @@ def definitions(document: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def servers(folder: Path) -> Iterator[Stack]:
     """Broker and backend for both targets, gone afterwards."""
-    stack = Stack(
-        PROJECT,
-        folder,
-        topology=Path(__file__).with_name("topology.toml"),
-        definitions=definitions,
-        acl=against_stock.BACKEND_RULES,
-    )
+    topology = Path(__file__).with_name("topology.toml").read_text(encoding="utf-8")
+    file = write_own(folder.with_name(f"{folder.name}.toml"), f'broker = "{BROKER}"\n{topology}', 0o644)
+    stack = Stack(PROJECT, folder, topology=file, definitions=definitions, acl=RULES)
     stack.down()  # what a killed run has left
     try:
         stack.up(worker=False)
@@ -87,7 +83,7 @@ def run(attacks: list[Attack], folder: Path, progress: Callable[[Trial], None]) 
         finally:
             for child, _ in children:
                 _end(child)
-    return [Row(one, *(_trial(trials, one, name) for name in TARGETS)) for one in attacks]
+    return [Row(one, _trial(trials, one, "stock"), _trial(trials, one, "ours")) for one in attacks]
 
 
 def _end(child: BaseProcess) -> None:

@@ -20,14 +20,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import redis
+from amqp.exceptions import AMQPError
+from kombu.exceptions import KombuError
 
 from stack import Stack
 from stack.pki import Pair
 
-from .attack import BrokenAttack, Outage
+from .attack import REDIS, BrokenAttack, Outage
 from .targets.tasks import EFFECTS
-from .wire import Message, Wire
+from .wire import Amqp, Message, Redis, Wire
 
+OBSERVER = "attacks.observer"
+"""The harness's own account, which may do everything."""
 PATIENCE = 8.0
 """Seconds within which an honest message must be served; a healthy worker takes well under 0.1."""
 
@@ -41,7 +45,10 @@ def within(seconds: float, condition: Callable[[], Any]) -> Any:
 
 
 class Target(ABC):
-    """What an attack can do to an application and see of it."""
+    """What an attack can do to an application and see of it.
+
+    `space` is what the application has of the broker: a virtual host, or a Redis database.
+    """
 
     name: str
     module: str
@@ -49,21 +56,29 @@ class Target(ABC):
     other_queue: str
     attacker: Wire
     results: Any
+    refusals = (AMQPError, KombuError, redis.RedisError, OSError)
 
-    def __init__(self, stack: Stack, observer: Pair, vhost: str) -> None:
+    def __init__(self, stack: Stack, observer: Pair, space: str, held: tuple[str, str]) -> None:
         self.stack = stack
+        self.space = space
+        self.held = held
         self.effects = stack.folder / f"effects-{self.name}"
         stack.account.folder(self.effects)
-        self.observer = self.wire(vhost, observer)
+        self.observer = self.wire(OBSERVER, observer)
         self.worker: Any = None
         self.app: Any = None
         self.injected = self.forbidden = 0
+        self.serves = False
 
     # -- what the targets do differently ------------------------------------------------------------------------------
 
     @abstractmethod
     def environment(self, role: str) -> dict[str, str]:
         """The settings that the application reads, for one of its roles."""
+
+    @abstractmethod
+    def colleague(self) -> Wire:
+        """A broker connection with the account of the workers."""
 
     @abstractmethod
     def retold(self, task: str, /, *args: Any, **claims: Any) -> Iterator[Message]:
@@ -122,8 +137,7 @@ class Target(ABC):
         caught: list[Message] = []
 
         def catch(message: Any, exchange: str = "", routing_key: str = "", **_: Any) -> None:
-            body = message.body if isinstance(message.body, bytes) else message.body.encode()
-            caught.append(Message(body, dict(message.properties), exchange, routing_key))
+            caught.append(self.attacker.seen(message, exchange, routing_key))
 
         with self.app.producer_pool.acquire(block=True) as producer:
             channel = producer.channel
@@ -176,13 +190,14 @@ class Target(ABC):
         if self.worker.alive():
             raise Outage(f"the worker serves nothing for {PATIENCE:.0f} s")
         waiting = within(2.0, lambda: self.observer.depth(self.queue))
-        raise Outage(f"the worker exited, and the next one will: {waiting} messages are back in the queue")
+        raise Outage(f"the worker exited, and {waiting} messages wait for the next one")
 
     def outage(self) -> str | None:
         """Whether honest messages are no longer served, as the effect of an attack on availability."""
         try:
             self.settle()
         except Outage as effect:
+            self.serves = False
             return str(effect)
         return None
 
@@ -230,11 +245,14 @@ class Target(ABC):
 
     # -- the harness --------------------------------------------------------------------------------------------------
 
-    def wire(self, vhost: str, client: Pair) -> Wire:
-        """A broker connection with a client certificate."""
+    def wire(self, account: str, client: Pair) -> Wire:
+        """A broker connection of an account."""
         environment = self.stack.environment("client")
-        host = urlsplit(environment["SECURE_CELERY_BROKER_URL"]).netloc
-        return Wire(host, vhost, Path(environment["SECURE_CELERY_TLS_CA"]), client.certificate, client.key)
+        host = urlsplit(environment["SECURE_CELERY_BROKER_URL"]).netloc.rpartition("@")[2]
+        ca = Path(environment["SECURE_CELERY_TLS_CA"])
+        if self.stack.topology.broker != REDIS:
+            return Amqp(host, self.space, ca, client)
+        return Redis(host, self.space, ca, client, account, self.password("redis-broker", account), self.held)
 
     def backend(self, account: str, client: Pair) -> Any:
         """A backend connection with an account's password and client certificate."""
@@ -244,12 +262,16 @@ class Target(ABC):
             host=str(url.hostname),
             port=int(url.port or 0),
             username=account,
-            password=(self.stack.folder / "redis" / f"{account}.password").read_text(),
+            password=self.password("redis", account),
             ssl=True,
             ssl_ca_certs=environment["SECURE_CELERY_TLS_CA"],
             ssl_certfile=str(client.certificate),
             ssl_keyfile=str(client.key),
         )
+
+    def password(self, server: str, account: str) -> str:
+        """An account's password at a Redis server of the stack."""
+        return (self.stack.folder / server / f"{account}.password").read_text(encoding="utf-8")
 
     def load(self) -> None:
         """Become the honest caller: this process loads the application with the client's settings."""
@@ -267,20 +289,25 @@ class Target(ABC):
         if self.worker is not None:
             self.worker.stop()
         self.observer.purge(self.queue)
-        settings = {**self.environment("worker"), EFFECTS: str(self.effects)}
-        self.worker = self.stack.start_worker(
-            self.module, settings, name=f"worker-{self.name}", options=("--concurrency", "1")
-        )
+        if isinstance(self.observer, Redis):
+            self.observer.forget_held()
+        self.worker = self.start_worker(f"worker-{self.name}")
         try:
             self.settle()
         except Outage as why:
             raise BrokenAttack(f"the worker of {self.name} does not start: {why}") from None
+        self.serves = True
+
+    def start_worker(self, name: str) -> Any:
+        """Start a worker and wait until it is ready. Raises `StackFailed`."""
+        settings = {**self.environment("worker"), EFFECTS: str(self.effects)}
+        return self.stack.start_worker(self.module, settings, name=name, options=("--concurrency", "1"))
 
     def prepare(self) -> None:
         """Make sure that honest messages are served, with a new worker if need be."""
         try:
-            if self.worker is None or not self.worker.alive():
-                raise Outage("there is no worker")
+            if not self.serves or not self.worker.alive():
+                raise Outage("there is no worker that serves")
             self.settle()
         except Outage:
             self.restart()

@@ -1,26 +1,35 @@
-"""Messages as they lie on the wire, and a connection that writes any bytes there.
+"""Messages as they lie on the wire, and connections that write any bytes there: AMQP's, and Redis's lists.
 
-Below kombu and Celery on purpose: an attacker is not bound to what a client library would send.
+Below kombu and Celery on purpose: an attacker is not bound to what a client library would send. On Redis a message is
+what somebody pushed onto a list, and kombu's JSON envelope is a habit, not a rule.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import ssl
+import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import amqp
+import kombu
+import redis
 from amqp.basic_message import Message as BasicMessage
 from amqp.exceptions import AccessRefused, NotFound
+
+from stack.pki import Pair
 
 Mangle = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
 class Message:
-    """A message at rest. `properties` are AMQP's; Celery's headers are among them as `application_headers`."""
+    """A message at rest. `properties` have AMQP's names; Celery's headers are among them as `application_headers`."""
 
     body: bytes
     properties: dict[str, Any]
@@ -44,7 +53,7 @@ class Message:
         return self.with_properties(application_headers=kept)
 
     def with_properties(self, **properties: Any) -> Message:
-        """The same message under other AMQP properties; None takes one away."""
+        """The same message under other properties; None takes one away."""
         merged = {**self.properties, **properties}
         return replace(self, properties={name: value for name, value in merged.items() if value is not None})
 
@@ -53,9 +62,45 @@ class Message:
         message = replace(self, body=body)
         return message.with_properties(content_type=content_type) if content_type else message
 
-    def with_raw_properties(self, mangle: Mangle) -> Message:
-        """Rewrite the encoded properties: what no client library would write."""
+    def rewritten(self, mangle: Mangle) -> Message:
+        """Rewrite what is sent, as no client library would: AMQP's encoded properties, or all of Redis's item."""
         return replace(self, mangle=mangle)
+
+
+class Wire(ABC):
+    """One account's connection to the broker, over TLS with its client certificate."""
+
+    @abstractmethod
+    def publish(self, message: Message) -> bool:
+        """Publish and wait until the broker has it; False when the account may not."""
+
+    @abstractmethod
+    def seen(self, message: Any, exchange: str, routing_key: str) -> Message:
+        """A message that kombu is about to hand to this broker."""
+
+    @abstractmethod
+    def declare(self, queue: str) -> None:
+        """Make a queue, where queues have to be made."""
+
+    @abstractmethod
+    def depth(self, queue: str) -> int:
+        """How many messages wait in a queue, those at a consumer not counted."""
+
+    @abstractmethod
+    def drain(self, queue: str) -> list[Message]:
+        """Take everything out of a queue. Raises `PermissionError`."""
+
+    @abstractmethod
+    def purge(self, queue: str) -> int:
+        """Empty a queue, if there is one; how many messages were in it."""
+
+    @abstractmethod
+    def connection(self, kind: type[kombu.Connection] = kombu.Connection) -> kombu.Connection:
+        """A connection of kombu's, or of an application's own kind, with the same rights; for what is no task."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the connection."""
 
 
 class _Frame(BasicMessage):
@@ -68,10 +113,10 @@ class _Frame(BasicMessage):
         return self.mangle(encoded) if self.mangle else encoded
 
 
-class Wire:
-    """One account's connection to the broker, over TLS with its client certificate."""
+class Amqp(Wire):
+    """RabbitMQ; the certificate names the account."""
 
-    def __init__(self, host: str, vhost: str, ca: Path, certificate: Path, key: Path) -> None:
+    def __init__(self, host: str, vhost: str, ca: Path, client: Pair) -> None:
         self._options = {
             "host": host,
             "virtual_host": vhost,
@@ -81,8 +126,8 @@ class Wire:
             "read_timeout": 10,
             "ssl": {
                 "ca_certs": str(ca),
-                "certfile": str(certificate),
-                "keyfile": str(key),
+                "certfile": str(client.certificate),
+                "keyfile": str(client.key),
                 "cert_reqs": ssl.CERT_REQUIRED,
                 "server_hostname": host.rpartition(":")[0],
             },
@@ -101,7 +146,7 @@ class Wire:
         return self._channel
 
     def publish(self, message: Message) -> bool:
-        """Publish and wait for the broker's confirmation; False when the account may not."""
+        """See `Wire`."""
         frame = _Frame(message.body, **message.properties)
         frame.mangle = message.mangle
         try:
@@ -111,29 +156,161 @@ class Wire:
             return False
         return True
 
+    def seen(self, message: Any, exchange: str, routing_key: str) -> Message:
+        """See `Wire`."""
+        body = message.body if isinstance(message.body, bytes) else message.body.encode()
+        return Message(body, dict(message.properties), exchange, routing_key)
+
+    def declare(self, queue: str) -> None:
+        """See `Wire`."""
+        self.channel().queue_declare(queue, durable=True, auto_delete=False)
+
     def depth(self, queue: str) -> int:
-        """How many messages wait in a queue, those at a consumer not counted."""
+        """See `Wire`."""
         return int(self.channel().queue_declare(queue, passive=True).message_count)
 
     def drain(self, queue: str) -> list[Message]:
-        """Take everything out of a queue."""
+        """See `Wire`."""
         taken = []
-        while (got := self.channel().basic_get(queue, no_ack=True)) is not None:
-            info = got.delivery_info
-            body = got.body.encode() if isinstance(got.body, str) else bytes(got.body or b"")
-            taken.append(Message(body, dict(got.properties), info["exchange"], info["routing_key"]))
+        try:
+            while (got := self.channel().basic_get(queue, no_ack=True)) is not None:
+                info = got.delivery_info
+                body = got.body.encode() if isinstance(got.body, str) else bytes(got.body or b"")
+                taken.append(Message(body, dict(got.properties), info["exchange"], info["routing_key"]))
+        except AccessRefused as error:
+            self.close()
+            raise PermissionError from error
         return taken
 
     def purge(self, queue: str) -> int:
-        """Empty a queue, if there is one; how many messages were in it."""
+        """See `Wire`."""
         try:
             return int(self.channel().queue_purge(queue))
         except NotFound:
             self.close()
             return 0
 
+    def connection(self, kind: type[kombu.Connection] = kombu.Connection) -> kombu.Connection:
+        """See `Wire`."""
+        options = self._options
+        return kind(
+            f"amqps://{options['host']}/{options['virtual_host']}",
+            login_method="EXTERNAL",
+            ssl=options["ssl"],
+            transport_options={"confirm_publish": True},
+        )
+
     def close(self) -> None:
-        """End the connection."""
+        """See `Wire`."""
         if self._connection is not None:
             self._connection.collect()
         self._connection = self._channel = None
+
+
+class Redis(Wire):
+    """Redis, where a queue is a list. `held` are the keys of what workers have taken and not acknowledged."""
+
+    def __init__(
+        self, host: str, database: str, ca: Path, client: Pair, account: str, password: str, held: tuple[str, str]
+    ) -> None:
+        self._url = f"rediss://{account}:{password}@{host}/{database}"
+        self._tls = {
+            "ssl_ca_certs": str(ca),
+            "ssl_certfile": str(client.certificate),
+            "ssl_keyfile": str(client.key),
+            "ssl_cert_reqs": ssl.CERT_REQUIRED,
+            "ssl_check_hostname": True,
+        }
+        self.held, self.since = held
+        self.client: Any = redis.Redis.from_url(self._url, **self._tls)
+
+    def publish(self, message: Message) -> bool:
+        """Push it onto the list of its routing key."""
+        properties = dict(message.properties)
+        envelope = {
+            "body": base64.b64encode(message.body).decode(),
+            "content-type": properties.pop("content_type", None),
+            "content-encoding": properties.pop("content_encoding", None),
+            "headers": properties.pop("application_headers", {}),
+            "properties": {
+                "delivery_tag": str(uuid.uuid4()),
+                "delivery_info": {"exchange": message.exchange, "routing_key": message.routing_key},
+                "priority": 0,
+                "body_encoding": "base64",
+                **properties,
+            },
+        }
+        item = json.dumps(envelope).encode()
+        try:
+            self.client.lpush(message.routing_key, message.mangle(item) if message.mangle else item)
+        except redis.exceptions.NoPermissionError:
+            return False
+        return True
+
+    def seen(self, message: Any, exchange: str, routing_key: str) -> Message:
+        """See `Wire`."""
+        body = message["body"] if isinstance(message["body"], bytes) else message["body"].encode()
+        properties = {name: value for name, value in message["properties"].items() if name != "delivery_info"}
+        properties |= {
+            "content_type": message["content-type"],
+            "content_encoding": message["content-encoding"],
+            "application_headers": message["headers"],
+            "delivery_tag": str(uuid.uuid4()),
+        }
+        return Message(body, properties, exchange, routing_key)
+
+    def declare(self, queue: str) -> None:
+        """A list is there once something is pushed onto it."""
+
+    def depth(self, queue: str) -> int:
+        """See `Wire`."""
+        return int(self.client.llen(queue))
+
+    def drain(self, queue: str) -> list[Message]:
+        """See `Wire`."""
+        taken = []
+        try:
+            while (item := self.client.rpop(queue)) is not None:
+                taken.append(_parsed(json.loads(item), queue))
+        except redis.exceptions.NoPermissionError as error:
+            raise PermissionError from error
+        return taken
+
+    def purge(self, queue: str) -> int:
+        """See `Wire`."""
+        waiting = self.depth(queue)
+        self.client.delete(queue)
+        return waiting
+
+    def holds(self, message: Message) -> bool:
+        """Whether Redis knows that a worker has this message, and would give it to another."""
+        held = (json.loads(entry) for entry in self.client.hvals(self.held))
+        return any(_parsed(payload, "").body == message.body for payload, *_ in held)
+
+    def hold(self, entry: str) -> None:
+        """Write down that a worker has held this for ever."""
+        self.client.hset(self.held, "tag", entry)
+        self.client.zadd(self.since, {"tag": 1})
+
+    def tags(self) -> list[str]:
+        """The delivery tags of what workers hold."""
+        return [tag.decode() for tag in self.client.hkeys(self.held)]
+
+    def forget_held(self) -> None:
+        """Forget what workers hold that are gone."""
+        self.client.delete(self.held, self.since)
+
+    def connection(self, kind: type[kombu.Connection] = kombu.Connection) -> kombu.Connection:
+        """See `Wire`."""
+        return kind(self._url, ssl=self._tls)
+
+    def close(self) -> None:
+        """See `Wire`."""
+        self.client.close()
+
+
+def _parsed(payload: dict[str, Any], queue: str) -> Message:
+    properties = payload["properties"]
+    body = payload["body"]
+    encoded = properties.get("body_encoding") == "base64"
+    return Message(base64.b64decode(body) if encoded else body.encode(), {}, "", queue)

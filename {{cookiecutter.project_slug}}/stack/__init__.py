@@ -1,4 +1,4 @@
-"""The local stack: broker, backend and a worker on loopback over TLS, with a throw-away PKI.
+"""The local stack: broker, backend, a worker and beat on loopback over TLS, with a throw-away PKI.
 
 Guards against: development against a broker that is weaker than production's. The servers run the files of ``deploy/``.
 Rests on: Linux' ``/proc`` for ending exactly the processes that were started here, and nothing else.

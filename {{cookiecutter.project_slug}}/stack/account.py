@@ -50,8 +50,8 @@ class Account:
         return path
 
     def write(self, path: Path, content: bytes | str) -> Path:
-        """Write a file that only this account can read, at no moment anyone else."""
-        return self.give(write_own(path, content, 0o600))
+        """Write or replace a file that only this account can read, at no moment anyone else."""
+        return self.give(write_own(path.with_name(f"{path.name}.new"), content, 0o600)).replace(path)
 
     def folder(self, path: Path) -> Path:
         """Make a folder that only this account can enter."""
@@ -102,10 +102,11 @@ def own_folder(path: Path, mode: int = 0o711) -> Path:
 
 
 def write_own(path: Path, content: bytes | str, mode: int) -> Path:
-    """Write a file that stays ours: an unprivileged process may at most read it."""
+    """Write or replace a file that stays ours: an unprivileged process may at most read it, and never half of it."""
     data = content.encode() if isinstance(content, str) else content
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         os.fchmod(file.fileno(), mode)
         file.write(data)
-    return path
+    return new.replace(path)

@@ -25,29 +25,34 @@ from .process import Process, start
 
 #: Exists in the local stack only, for its tests.
 ADMINISTRATOR = "stack-administrator"
+#: What providers of Redis refuse to their customers, or of it enough to tell.
+_KEPT_BY_PROVIDERS = "-config -acl -debug -module -save -bgsave -bgrewriteaof -shutdown -replicaof -migrate"
 
 
 class Backend:
     """One Redis server: ``redis`` for the results or ``redis-broker``. Everything it writes is in ``folder``."""
 
-    def __init__(self, project: Path, folder: Path, port: int, account: Account, settings: str = "redis.conf") -> None:
+    def __init__(self, project: Path, folder: Path, port: int, account: Account) -> None:
         self.project = project
         self.folder = folder
         self.port = port
         self.account = account
-        self._settings = project / "deploy/redis" / settings
+        broker = folder.name == "redis-broker"
+        self._settings = project / "deploy/redis" / ("broker.conf" if broker else "redis.conf")
 
     def password_file(self, user: str) -> Path:
         """Where an account's password is."""
         return self.folder / f"{user}.password"
 
-    def configure(self, rules: Iterable[str], ca: Path, server: Pair) -> None:
-        """Write what is this stack's own: passwords, ACL file, listener, paths."""
-        own_folder(self.folder)
+    def configure(self, rules: Iterable[str], ca: Path, server: Pair, managed: bool = False) -> None:
+        """Write what is this stack's own: passwords, ACL file, listener, paths.
+
+        ``managed`` is what a provider makes of it: one account, no certificate asked for, nothing to configure.
+        """
+        if managed:
+            rules = (f"user default on resetpass ~* &* +@all {_KEPT_BY_PROVIDERS}",)
+        acl = self.write_accounts((*rules, f"user {ADMINISTRATOR} on resetpass ~* &* +@all"))
         home = self.account.folder(self.folder / "home")
-        administrator = f"user {ADMINISTRATOR} on resetpass ~* &* +@all"
-        lines = [self._with_password(line) for line in (*rules, administrator)]
-        acl = self.account.write(self.folder / "users.acl", "\n".join(lines) + "\n")
         write_own(
             self.folder / "redis.conf",
             f"include {self._settings}\n"
@@ -56,9 +61,15 @@ class Backend:
             f"tls-cert-file {server.certificate}\n"
             f"tls-key-file {server.key}\n"
             f"aclfile {acl}\n"
-            f"dir {home}\n",
+            f"dir {home}\n" + ("tls-auth-clients no\n" if managed else ""),
             0o644,
         )
+
+    def write_accounts(self, rules: Iterable[str]) -> Path:
+        """Write the ACL file, and for each account a file with a password."""
+        own_folder(self.folder)
+        lines = [self._with_password(line) for line in rules]
+        return self.account.write(self.folder / "users.acl", "\n".join(lines) + "\n")
 
     def _with_password(self, line: str) -> str:
         match = re.match(r"user (\S+) on resetpass ", line)

@@ -7,6 +7,8 @@ Controls: BRK-1, BRK-3, TLS-2.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import secrets
@@ -26,6 +28,10 @@ from .process import Process, start
 _SEARCH = os.pathsep.join(
     ("/usr/lib/rabbitmq/bin", os.environ.get("PATH", os.defpath), "/usr/sbin", "/opt/homebrew/sbin")
 )
+
+#: The account that everybody shares at a managed broker, and what else is different there.
+ONE_ACCOUNT = "everybody"
+_MANAGED = "auth_mechanisms.1 = PLAIN\nssl_options.verify = verify_none\nssl_options.fail_if_no_peer_cert = false\n"
 
 #: Names of a binding's parts: in definitions, and in ``rabbitmqctl list_bindings``.
 _BINDING = {
@@ -71,8 +77,29 @@ class Broker:
             "RABBITMQ_PID_FILE": str(home / "pid"),
         }
 
-    def configure(self, definitions: str, ca: Path, server: Pair) -> None:
-        """Write what is this stack's own: definitions, listener, paths, cookie."""
+    @property
+    def password_file(self) -> Path:
+        """Where the one account's password is, at a managed broker."""
+        return self.folder / f"{ONE_ACCOUNT}.password"
+
+    def configure_managed(self, vhost: str, ca: Path, server: Pair) -> None:
+        """Write what a provider makes of it: a virtual host, one account with a password, no certificate asked for."""
+        own_folder(self.folder)
+        password = secrets.token_urlsafe(32)
+        self.account.write(self.password_file, password)
+        salt = secrets.token_bytes(4)  # RabbitMQ's hash: base64(salt + SHA-256(salt + password))
+        user = {
+            "name": ONE_ACCOUNT,
+            "password_hash": base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode(),
+            "hashing_algorithm": "rabbit_password_hashing_sha256",
+            "tags": "",
+        }
+        everything = {"user": ONE_ACCOUNT, "vhost": vhost, "configure": ".*", "write": ".*", "read": ".*"}
+        definitions = {"vhosts": [{"name": vhost}], "users": [user], "permissions": [everything], "bindings": []}
+        self.configure(json.dumps(definitions), ca, server, _MANAGED)
+
+    def configure(self, definitions: str, ca: Path, server: Pair, more: str = "") -> None:
+        """Write what is this stack's own: definitions, listener, paths, cookie; ``more`` overrides the project's."""
         own_folder(self.folder)
         home = self.account.folder(self.folder / "home")
         self.account.write(home / ".erlang.cookie", secrets.token_hex(32)).chmod(0o400)
@@ -86,7 +113,7 @@ class Broker:
             f"load_definitions = {loaded}\n"
             # A laptop has less to spare than a broker's own host.
             "vm_memory_high_watermark.relative = 0.1\n"
-            "disk_free_limit.absolute = 100MB\n",
+            f"disk_free_limit.absolute = 100MB\n{more}",
             0o644,
         )
 
@@ -102,13 +129,17 @@ class Broker:
 
     def wait(self, process: Process, vhost: str, ca: Path, client: Pair) -> None:
         """Wait until an account can log in."""
+        login = {"login_method": "EXTERNAL"}
+        if self.password_file.exists():
+            password = self.password_file.read_text(encoding="utf-8")
+            login = {"login_method": "PLAIN", "userid": ONE_ACCOUNT, "password": password}
 
         def ready() -> bool:
             complete = b"startup complete" in Path(process.log).read_bytes()
             connection = amqp.Connection(
                 f"127.0.0.1:{self.port}",
                 virtual_host=vhost,
-                login_method="EXTERNAL",
+                **login,
                 ssl={
                     "ca_certs": str(ca),
                     "certfile": str(client.certificate),

@@ -1,22 +1,31 @@
-"""A throw-away public key infrastructure: one CA for TLS, another one for signing, and what they issue.
+"""A throw-away public key infrastructure: one CA for TLS, another one for signing, what they issue and revoke.
 
 Guards against: a TLS certificate that passes for a signer, or the other way round: the two CAs do not know each other.
-Rests on: P-256 for CAs and TLS, Ed25519 for signers, a lifetime of a few days, CA keys that only their maker can read.
+Rests on: P-256 keys, the cheapest to verify with among the short ones, and a lifetime of a few days.
+The CAs' keys are files of mode 0600 in the stack's ignored folder: ours, so that a worker that runs as another account
+can issue nothing.
 Controls: TLS-1, TLS-2, SIG-6.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .account import Account, own_folder, write_own
@@ -25,7 +34,7 @@ LIFETIME = timedelta(days=7)
 #: Clocks differ, also between a host and its containers.
 SKEW = timedelta(minutes=5)
 
-PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+PrivateKey = ec.EllipticCurvePrivateKey
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,25 @@ class Pair:
     certificate: Path
     key: Path
 
+    @property
+    def serial(self) -> int:
+        """The certificate's serial number, by which it is revoked."""
+        return x509.load_pem_x509_certificate(self.certificate.read_bytes()).serial_number
+
 
 class Authority:
     """A certificate authority whose files, and those of what it issues, live in one folder."""
 
     def __init__(self, folder: Path, name: str, account: Account) -> None:
-        """Make the key (mode 0600, ours) and the self-signed certificate ``<folder>/ca.pem``."""
+        """Make the key and the self-signed certificate, or take those that the folder has."""
         self.folder = own_folder(folder)
         self.account = account
+        self.certificate, self.revocations = folder / "ca.pem", folder / "ca.crl"
+        key = folder / "ca-key.pem"
+        if key.exists():
+            self.root = x509.load_pem_x509_certificate(self.certificate.read_bytes())
+            self.key = cast(PrivateKey, load_pem_private_key(key.read_bytes(), password=None))
+            return
         self.key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -52,35 +72,41 @@ class Authority:
             .add_extension(_key_usage("key_cert_sign", "crl_sign"), critical=True)
             .sign(self.key, hashes.SHA256())
         )
-        self.certificate = write_own(folder / "ca.pem", self.root.public_bytes(Encoding.PEM), 0o644)
-        write_own(folder / "ca-key.pem", _pem(self.key), 0o600)  # whoever runs unprivileged can issue nothing
+        write_own(self.certificate, self.root.public_bytes(Encoding.PEM), 0o644)
+        self.revoke()
+        write_own(key, _pem(self.key), 0o600)
 
     def server(self, name: str, hosts: tuple[str, ...], valid: tuple[datetime, datetime] | None = None) -> Pair:
         """Issue a TLS server certificate for these addresses and host names."""
-        return self._issue(
-            name, ec.generate_private_key(ec.SECP256R1()), _hosts(hosts), ExtendedKeyUsageOID.SERVER_AUTH, valid
-        )
+        return self._issue(name, _hosts(hosts), ExtendedKeyUsageOID.SERVER_AUTH, valid)
 
     def client(self, name: str, valid: tuple[datetime, datetime] | None = None) -> Pair:
         """Issue a TLS client certificate; the common name is the account it logs in to."""
-        return self._issue(
-            name, ec.generate_private_key(ec.SECP256R1()), [x509.DNSName(name)], ExtendedKeyUsageOID.CLIENT_AUTH, valid
-        )
+        return self._issue(name, [x509.DNSName(name)], ExtendedKeyUsageOID.CLIENT_AUTH, valid)
 
     def signer(self, name: str, identity: str, valid: tuple[datetime, datetime] | None = None) -> Pair:
         """Issue a signing certificate whose one subject alternative name is ``identity``, a SPIFFE ID."""
-        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity)]
-        return self._issue(name, ed25519.Ed25519PrivateKey.generate(), names, None, valid)
+        return self._issue(name, [x509.UniformResourceIdentifier(identity)], None, valid)
+
+    def revoke(self, *serials: int) -> Path:
+        """Add certificates to the revocation list, and return its file."""
+        now = datetime.now(UTC)
+        revoked = [*x509.load_pem_x509_crl(self.revocations.read_bytes())] if self.revocations.exists() else []
+        for serial in {*serials} - {each.serial_number for each in revoked}:
+            revoked.append(x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build())
+        signed = x509.CertificateRevocationListBuilder(
+            self.root.subject, now, self.root.not_valid_after_utc, revoked_certificates=revoked
+        ).sign(self.key, hashes.SHA256())
+        return write_own(self.revocations, signed.public_bytes(Encoding.PEM), 0o644)
 
     def _issue(
         self,
         name: str,
-        key: PrivateKey,
-        names: list[x509.GeneralName],
+        names: Sequence[x509.GeneralName],
         usage: x509.ObjectIdentifier | None,
         valid: tuple[datetime, datetime] | None,
     ) -> Pair:
-        now = datetime.now(UTC)
+        now, key = datetime.now(UTC), ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = (
             _builder(subject, self.root.subject, key, self.key, valid or (now - SKEW, now + LIFETIME))
@@ -105,12 +131,19 @@ class Pki:
         self.account = account
         self.tls = self.authority("tls")
         self.signing = self.authority("signing")
-        # A folder of trust anchors and of nothing else.
-        self.store = own_folder(folder / "signing-store", 0o755)
-        write_own(self.store / "ca.pem", self.signing.certificate.read_bytes(), 0o644)
+        # A folder of trust anchors and their revocation lists, and of nothing else.
+        self.store = folder / "signing-store"
+        if not self.store.exists():
+            own_folder(self.store, 0o755)
+            write_own(self.store / "ca.pem", self.signing.certificate.read_bytes(), 0o644)
+            self.revoke()
+
+    def revoke(self, *serials: int) -> None:
+        """Revoke signing certificates: whoever trusts the store refuses them within seconds."""
+        write_own(self.store / "ca.crl", self.signing.revoke(*serials).read_bytes(), 0o644)
 
     def authority(self, name: str) -> Authority:
-        """Make an authority of its own key in ``<folder>/<name>``."""
+        """Make an authority of its own key in ``<folder>/<name>``, or take it from there."""
         return Authority(self.folder / name, f"throw-away {name} CA", self.account)
 
 

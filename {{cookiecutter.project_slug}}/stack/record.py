@@ -110,7 +110,7 @@ class Record:
 def free_ports(count: int) -> list[int]:
     """Choose ports that nothing listens on at the moment."""
     ports: list[int] = []
-    for port in random.sample(_RANGE, 1000):  # so that two stacks that start at once seldom agree
+    for port in random.sample(_RANGE, 1000):  # nosec B311 # so that two stacks that start at once seldom agree
         with socket.socket() as listener:
             try:
                 listener.bind(("127.0.0.1", port))
@@ -120,3 +120,8 @@ def free_ports(count: int) -> list[int]:
         if len(ports) == count:
             return ports
     raise StackFailed("found no free ports on 127.0.0.1")
+
+
+def read_environment(file: Path) -> dict[str, str]:
+    """Read what a role's environment file says."""
+    return dict(line.split("=", 1) for line in file.read_text(encoding="utf-8").splitlines())

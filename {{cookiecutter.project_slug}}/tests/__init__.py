@@ -25,15 +25,20 @@ SELF = Account("tests", os.geteuid(), os.getegid(), switch=False)
 def throw_away() -> Iterator[None]:
     """Set the environment of a client whose broker does not exist, until the block ends."""
     topology = tomllib.loads((ROOT / "topology.toml").read_text(encoding="utf-8"))
-    application, scheme = topology["application"], {"rabbitmq": "amqps", "redis": "rediss"}[topology["broker"]]
+    application = topology["application"]
+    account = f"rediss://{application}.client@127.0.0.1:1/0"
     with tempfile.TemporaryDirectory() as folder:
         pki = Pki(Path(folder) / "pki", SELF)
         tls = pki.tls.client("client")
-        signing = pki.signing.signer("client", f"spiffe://{application}.test/development/{application}/client")
+        domain = topology.get("trust_domain", f"{application}.test")
+        signing = pki.signing.signer("client", f"spiffe://{domain}/development/{application}/client")
+        if topology["broker"] == "redis":
+            broker = {"BROKER_URL": account, "BROKER_PASSWORD_FILE": tls.key}
+        else:
+            broker = {"BROKER_URL": "amqps://127.0.0.1:1/"}
         values = {
-            "BROKER_URL": f"{scheme}://127.0.0.1:1/",
-            "BROKER_PASSWORD_FILE": tls.key,
-            "RESULT_BACKEND": "rediss://127.0.0.1:1/0",
+            **broker,
+            "RESULT_BACKEND": account,
             "RESULT_BACKEND_PASSWORD_FILE": tls.key,
             "TOPOLOGY": ROOT / "topology.toml",
             "TLS_CA": pki.tls.certificate,
@@ -43,5 +48,7 @@ def throw_away() -> Iterator[None]:
             "SECURITY_CERTIFICATE": signing.certificate,
             "SECURITY_CERT_STORE": pki.store,
         }
-        with mock.patch.dict(os.environ, {f"SECURE_CELERY_{name}": str(value) for name, value in values.items()}):
+        others = {name: value for name, value in os.environ.items() if not name.startswith("SECURE_CELERY_")}
+        given = {f"SECURE_CELERY_{name}": str(value) for name, value in values.items()}
+        with mock.patch.dict(os.environ, {**others, **given}, clear=True):
             yield

@@ -5,6 +5,7 @@ For tests alone: the settings class that allows ``memory://`` is here, and no en
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,52 @@ from kombu import Exchange, Queue
 from stack.pki import Pki
 
 from . import ROOT, SELF
-from .project import Settings, codec, consumer, envelope, gate, hardening, identity, intake
+from .project import Settings, codec, consumer, envelope, gate, hardening, identity, intake, replay
 
 ENVIRONMENT = "development"
+
+
+class MemoryStore:
+    """A replay store of one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, tuple[str, float]] = {}
+
+    def _get(self, name: str) -> str | None:
+        value, until = self._values.get(name, (None, 0.0))
+        return value if time.monotonic() < until else None
+
+    def _set(self, name: str, value: str, seconds: float) -> None:
+        self._values[name] = value, time.monotonic() + seconds
+
+    def claim(self, name: str, worker: str, seconds: int) -> str:
+        """See ``ReplayStore``."""
+        holder = self._get(name)
+        if holder == replay.DONE:
+            return replay.DONE
+        if holder not in {None, worker} and self.alive(str(holder)):
+            return replay.HELD
+        self._set(name, worker, seconds)
+        return replay.OURS
+
+    def done(self, name: str, seconds: int) -> None:
+        """See ``ReplayStore``."""
+        self._set(name, replay.DONE, seconds)
+
+    def release(self, name: str, worker: str) -> None:
+        """See ``ReplayStore``."""
+        if self._get(name) == worker:
+            del self._values[name]
+
+    def alive(self, worker: str) -> bool:
+        """Whether a worker's lease holds."""
+        return self._get(replay.WORKER + worker) is not None
+
+    def renew(self, worker: str, seconds: int) -> bool:
+        """See ``ReplayStore``."""
+        alive = self.alive(worker)
+        self._set(replay.WORKER + worker, worker, seconds)
+        return alive
 
 
 class MemorySettings(Settings):
@@ -31,6 +75,10 @@ class MemorySettings(Settings):
     def result_backend_url(self) -> str:
         """Need no password."""
         return self.result_backend
+
+    def open_replay_store(self, prefix: str) -> replay.ReplayStore:
+        """Need no server."""
+        return MemoryStore()
 
 
 @dataclass(frozen=True)
@@ -74,8 +122,9 @@ class Service:
 
     def party(self, role: str, application: str | None = None, environment: str = ENVIRONMENT) -> Party:
         """Return a new signer; another application or environment makes a foreign one."""
-        own = hardening.topology.Topology.load(self._topology).application
-        uri = f"spiffe://{own}.test/{environment}/{application or own}/{role}"
+        rules = hardening.topology.Topology.load(self._topology)
+        domain = rules.trust_domain or f"{rules.application}.test"
+        uri = f"spiffe://{domain}/{environment}/{application or rules.application}/{role}"
         name = uri.removeprefix("spiffe://").replace("/", "-")
         signing, tls = self.pki.signing.signer(name, uri), self.pki.tls.client(name)
         settings = MemorySettings(

@@ -50,6 +50,13 @@ def pay(amount: int) -> int:
     return amount
 
 
+@shared_task(name="attacks.pay_once", bind=True, ignore_result=False)
+def pay_once(self: Any, amount: int) -> int:
+    """Careful: what is delivered again may have been paid already."""
+    leave("skipped" if self.request.delivery_info.get("redelivered") else "pay", amount=amount)
+    return amount
+
+
 @shared_task(name="attacks.refund", ignore_result=False)
 def refund(amount: int) -> int:
     """Takes the same arguments as `pay`, and nobody asked for it."""
@@ -61,6 +68,12 @@ def refund(amount: int) -> int:
 def wipe(account: str) -> None:
     """What a client may not do."""
     leave("wipe", account=account)
+
+
+@shared_task(name="attacks.report")
+def report(number: int) -> None:
+    """What the client may have now and then."""
+    leave("report", number=number)
 
 
 @shared_task(name="attacks.notify")

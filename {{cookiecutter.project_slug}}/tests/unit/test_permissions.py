@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..project import documents, errors, identity, policy, render, topology
+from ..project import errors, identity, policy, render, tasks, topology
 from ..service import ROOT, Service
 
 TOPOLOGY = topology.Topology.load(ROOT / "topology.toml")
@@ -15,13 +15,13 @@ def test_rendered_permissions_are_those_of_the_topology() -> None:
 
 
 def test_a_client_may_send_this_services_tasks(service: Service) -> None:
-    service.send(documents.checksum, "hello")
+    service.send(tasks.thumbnail.thumbnail, "sunset.png")
     assert service.work() == 1
     assert service.quarantined() == []
 
 
 def test_a_monitor_may_not(service: Service) -> None:
-    service.send(documents.checksum, "hello", party=service.party("monitor"))
+    service.send(tasks.thumbnail.thumbnail, "sunset.png", party=service.party("monitor"))
     assert service.work() == 0
     assert [record["code"] for record in service.quarantined()] == [errors.NotAllowed.code]
 
