@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -97,15 +98,19 @@ def new_queue(name: str, pool: str) -> list[Path]:
     return _write(tomlkit.dumps(document))
 
 
-def new_caller(name: str) -> list[Path]:
-    """Add a caller with an account and a certificate of its own, which may send this service's tasks to one queue."""
+def new_caller(name: str, sends: list[str], identity: str | None) -> list[Path]:
+    """Add a caller with an account and a certificate of its own, which may send tasks to one queue of this service."""
     document = tomlkit.parse(TOPOLOGY.read_text(encoding="utf-8"))
     callers = document["callers"]
     if name in callers:
         raise Refused(f"topology.toml has a caller {name!r} already")
     stanza = tomlkit.table()
+    if identity:
+        if not sends:
+            raise Refused("name the tasks that another service may send: SENDS='one two'")
+        stanza.add("identity", identity)
     stanza.add("queues", [next(iter(document["queues"]))])
-    stanza.add("sends", [f"{PACKAGE.name}.tasks.*"])
+    stanza.add("sends", sends or [f"{PACKAGE.name}.tasks.*"])
     callers.append(name, stanza)
     return _write(tomlkit.dumps(document))
 
@@ -118,13 +123,21 @@ def _write(text: str) -> list[Path]:
     before = TOPOLOGY.read_text(encoding="utf-8")
     TOPOLOGY.write_text(text, encoding="utf-8")
     try:
-        rendered = render.rendered(render.Topology.load(TOPOLOGY))
+        topology = render.Topology.load(TOPOLOGY)
+        rendered = {**_manifests(topology), **render.rendered(topology)}
     except errors.ConfigurationRefused as error:
         TOPOLOGY.write_text(before, encoding="utf-8")
         raise Refused(str(error)) from None
     for path, content in rendered.items():
+        (ROOT / path).parent.mkdir(exist_ok=True)
         (ROOT / path).write_text(content, encoding="utf-8")
     return [TOPOLOGY, *(ROOT / path for path in rendered)]
+
+
+def _manifests(topology):
+    """What a project that runs on Kubernetes renders besides."""
+    tool = ROOT / "tools/kubernetes.py"
+    return runpy.run_path(str(tool))["rendered"](topology) if tool.exists() else {}
 
 
 def main() -> int:
@@ -133,6 +146,8 @@ def main() -> int:
     parser.add_argument("what", choices=["task", "queue", "caller"])
     parser.add_argument("name")
     parser.add_argument("--pool", default="worker", help="the worker pool that consumes a new queue")
+    parser.add_argument("--sends", default="", help="the tasks that a new caller may send")
+    parser.add_argument("--identity", help="who a new caller is that is another service")
     options = parser.parse_args()
     try:
         if options.what == "task":
@@ -140,7 +155,7 @@ def main() -> int:
         elif options.what == "queue":
             written = new_queue(options.name, options.pool)
         else:
-            written = new_caller(options.name)
+            written = new_caller(options.name, options.sends.split(), options.identity)
     except (Refused, tomlkit.exceptions.TOMLKitError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -148,7 +163,9 @@ def main() -> int:
         print(f"wrote {path.relative_to(ROOT)}")
     if options.what == "queue":
         print(f'Nobody sends to it yet: add "{options.name}" to a caller in topology.toml, then make topology')
-    if options.what == "caller":
+    if options.what == "caller" and options.identity:
+        print(f"Give {written[-1].relative_to(ROOT)} to {options.name}: it says all that they need to know")
+    elif options.what == "caller" and not options.sends:
         print("It may send every task of this service: narrow that in topology.toml, then make topology")
     return 0
 
