@@ -31,7 +31,7 @@ class RabbitMQ:
     keeps_delayed = True
     #: What is raised where the account may not send, and what it says.
     refused: type[Exception] = AccessRefused
-    refused_queue, refused_control = r"everything\.slow", "pidbox"
+    refused_queue = r"everything\.slow"
     #: Unsigned headers that reach a consumer, which believes none of them.
     headers = frozenset({"task", "id"})
     no_memory = "not confirmed"
@@ -74,7 +74,7 @@ class Redis:
     server = "redis-broker"
     keeps_delayed = False
     refused: type[Exception] = OperationalError
-    refused_queue = refused_control = "no permissions"
+    refused_queue = "no permissions"
     headers: frozenset[str] = frozenset()
     no_memory = "command not allowed when used memory"
 

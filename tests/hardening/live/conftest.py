@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from stack import Stack
@@ -12,6 +13,10 @@ from stack import Stack
 from ...service import ROOT
 from . import brokers
 from .running import Running
+
+#: Its plugin would import it at the very end, where the finalizer of a result that nobody waited for may import too:
+#: Python 3.11.2 then fails with "AST constructor recursion depth mismatch".
+__all__ = ["hypothesis"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,4 +52,4 @@ def running(temporary: Path) -> Iterator[Running]:
         running.up()
         yield running
     finally:
-        running.stack.down()
+        running.down()

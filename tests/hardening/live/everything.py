@@ -6,26 +6,37 @@ one of its own, and several runs for one key make several.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import os
 import signal
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from celery import Celery, Task, group, shared_task
+from pydantic import BaseModel
 
-from ...project import Settings, hardening, intake_redis
+from ...project import Settings, hardening, intake_redis, replay
 
 intake_redis.VISIBILITY_TIMEOUT = 6  # seconds until Redis gives away what a killed worker held
+replay.LEASE = 6  # seconds until what a killed worker held may run elsewhere
 
 
 def application(settings: hardening.Settings) -> Celery:
     """Make a hardened application of these tasks."""
     application = Celery("everything", set_as_current=False)
     application.conf.update(task_track_started=True, worker_lost_wait=1)  # seconds until a process counts as lost
+    application.conf.beat_schedule = json.loads(os.environ.get("SCHEDULE", "{}"))
     if seconds := os.environ.get("RESULT_EXPIRES"):
         application.conf.result_expires = int(seconds)
     hardening.harden(application, settings)
@@ -81,6 +92,12 @@ def fail(message: str) -> None:
 @shared_task
 def effect(key: str) -> None:
     note(key)
+
+
+@shared_task(bind=True)
+def origin(self: Task, key: str) -> None:
+    """Note the role of whoever asked."""
+    note(f"{key}={self.request.origin.rpartition('/')[2]}")
 
 
 @shared_task(ignore_result=False)
@@ -172,6 +189,12 @@ def die(self: Task, key: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@shared_task(acks_late=True, reject_on_worker_lost=True)
+def leave(key: str) -> None:
+    note(key)
+    sys.exit(1)
+
+
 @shared_task(ignore_result=False)
 def unserializable() -> Any:
     return object()
@@ -180,3 +203,44 @@ def unserializable() -> Any:
 @shared_task(ignore_result=False)
 def echo(value: Any) -> Any:
     return value
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Parcel:
+    price: Decimal
+    colour: Colour
+    sent: datetime
+
+
+class Order(BaseModel):
+    id: UUID
+    due: date
+    parcels: list[Parcel]
+
+
+@shared_task(ignore_result=False)
+def typed(
+    order: Order, parcel: Parcel, colour: Colour, moment: datetime, day: date, price: Decimal, number: UUID
+) -> list[Any]:
+    """Return each argument as it is, and of which type it was."""
+    values = [order, parcel, colour, moment, day, price, number]
+    return [[type(value).__name__, value] for value in values]
+
+
+@shared_task(ignore_result=False)
+def eats(what: str, key: str) -> None:
+    """Take all there is of something, without an end."""
+    note(key)
+    eaten: list[Any] = []
+    while what == "processor":
+        pass
+    if what == "processor, and no signal gets in":
+        deque(itertools.repeat(0), maxlen=0)
+    while what == "memory":
+        eaten.append(bytearray(1 << 26))
+    while what == "files":
+        eaten.append(os.open(os.devnull, os.O_RDONLY))

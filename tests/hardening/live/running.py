@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,7 +27,7 @@ SOON = 30
 class Running:
     """One stack. The pool ``worker`` serves the queue `default`; tests start ``batch``, for `slow`, as they need it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, managed: bool = False) -> None:
         folder.mkdir(mode=0o711)
         self.effects = folder / "effects"
         self.effects.mkdir()
@@ -34,14 +35,24 @@ class Running:
         topology = folder / "topology.toml"
         rules = Path(__file__).with_name("everything.toml").read_text(encoding="utf-8")
         topology.write_text(rules.replace('"rabbitmq"', f'"{brokers.NAME}"', 1), encoding="utf-8")
-        self.stack = Stack(ROOT, folder / "stack", f"{TASKS}:app", topology=topology)
+        self.stack = Stack(ROOT, folder / "stack", f"{TASKS}:app", topology=topology, managed=managed)
         self.broker = brokers.of(self.stack)
         self.worker: Worker
+        self._callers: list[Celery] = []
 
     def up(self) -> None:
         """Start the servers and the pool ``worker``."""
         self.stack.up(worker=False)
         self.worker = self.start("worker")
+
+    def down(self) -> None:
+        """End everything; first the results that were waited for in vain, which would look for their server."""
+        gc.collect()
+        for app in self._callers:
+            consumer = app.backend.result_consumer
+            consumer.stop()
+            consumer._pubsub = None
+        self.stack.down()
 
     @cached_property
     def client(self) -> Celery:
@@ -51,9 +62,11 @@ class Running:
     def caller(self, name: str) -> Celery:
         """Make an application that calls in this name."""
         environment = self.stack.environment(name)
-        return application(
+        app = application(
             Settings(**{key.removeprefix("SECURE_CELERY_").lower(): value for key, value in environment.items()})
         )
+        self._callers.append(app)
+        return app
 
     def task(self, name: str, caller: Celery | None = None) -> Any:
         """Return a task, to be called in the client's name or another one's."""

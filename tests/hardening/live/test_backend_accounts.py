@@ -55,6 +55,10 @@ COMMANDS = {
     "read another application": ("GET", "other:celery-task-meta-{1}:1"),
     "hear of another application": ("SUBSCRIBE", "other:celery-task-meta-{1}:1"),
     "write another application": ("SET", "other:celery-task-meta-{1}:1", "forged"),
+    "read replay": ("GET", "{0}:replay:1"),
+    "claim replay": ("EVAL", "return redis.call('SET', KEYS[1], 'x', 'EX', 9)", "1", "{0}:replay:1"),
+    "forget replay": ("DEL", "{0}:replay:1"),
+    "claim another application's": ("SET", "other:replay:1", "x"),
     "write anything": ("SET", "{0}:mine", "1"),
     "list": ("KEYS", "*"),
     "scan": ("SCAN", "0"),
@@ -86,7 +90,7 @@ COMMANDS_MAY = {
     "client": CALLER,
     "beat": CALLER,
     "operator": CALLER,
-    "worker": {name for name in COMMANDS if re.search("result|group|chord|script$", name)},
+    "worker": {name for name in COMMANDS if re.search("result|group|chord|script$|replay$", name)},
     "monitor": set(),
 }
 

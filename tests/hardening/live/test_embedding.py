@@ -21,8 +21,9 @@ from uuid import uuid4
 
 import pytest
 
-from attacks.wire import Message, Wire
+from attacks.wire import Amqp, Message
 from stack import Stack
+from stack.pki import Pair
 from stack.worker import Worker
 
 from ...project import hardening
@@ -157,12 +158,12 @@ class Shop:
         """Return how often an effect happened."""
         return len(list(self.effects.glob(f"{effect}:*")))
 
-    def wire(self, role: str = "client") -> Wire:
+    def wire(self, role: str = "client") -> Amqp:
         """Connect as whoever has this role's TLS certificate."""
         own = self.stack.environment(role)
         host = urlsplit(own["SECURE_CELERY_BROKER_URL"]).netloc
-        files = [Path(own[f"SECURE_CELERY_TLS_{name}"]) for name in ("CA", "CERTIFICATE", "KEY")]
-        return Wire(host, self.stack.topology.vhost, *files)
+        ca, certificate, key = (Path(own[f"SECURE_CELERY_TLS_{name}"]) for name in ("CA", "CERTIFICATE", "KEY"))
+        return Amqp(host, self.stack.topology.vhost, ca, Pair(certificate, key))
 
 
 def altered(message: Message) -> Message:
@@ -251,8 +252,13 @@ say([
 
     def test_a_stranger_is_refused(self, plain: Shop) -> None:
         identity = "spiffe://shop.test/development/shop/client"
-        stranger = plain.stack.pki.authority("stranger").signer("stranger", identity)
+        authority = plain.stack.pki.authority("stranger")
+        stranger = authority.signer("stranger", identity)
+        store = plain.folder / "stranger"  # with ours, it would know that it is one
+        store.mkdir()
+        (store / "ca.pem").write_bytes(authority.certificate.read_bytes())
         files = {
+            "SECURE_CELERY_SECURITY_CERT_STORE": str(store),
             "SECURE_CELERY_SECURITY_KEY": str(stranger.key),
             "SECURE_CELERY_SECURITY_CERTIFICATE": str(stranger.certificate),
         }

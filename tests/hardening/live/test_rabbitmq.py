@@ -94,6 +94,21 @@ def publish(exchange: str, key: str) -> Callable[[Any, str], None]:
     return act
 
 
+def publish_unrouted(exchange: str, key: str) -> Callable[[Any, str], None]:
+    def act(channel: Any, application: str) -> None:
+        channel.basic_publish_confirm(amqp.Message("spot check"), exchange.format(application), key, confirm_timeout=10)
+
+    return act
+
+
+def hear(exchange: str, key: str) -> Callable[[Any, str], None]:
+    def act(channel: Any, application: str) -> None:
+        queue = channel.queue_declare("", exclusive=True, auto_delete=True).queue
+        channel.queue_bind(queue, exchange.format(application), key)
+
+    return act
+
+
 def read(queue: str) -> Callable[[Any, str], None]:
     return lambda channel, application: channel.basic_get(queue.format(application), no_ack=True)
 
@@ -127,15 +142,36 @@ ACTIONS: dict[str, Callable[[Any, str], None]] = {
         f"{application}.dead", application, f"{application}.default"
     ),
     "bind exchange": lambda channel, application: channel.exchange_bind(application, "amq.topic", "#"),
+    "command": publish_unrouted("{}.celery.control", ""),
+    "reply": publish_unrouted("{}.celery.replies", "operator"),
+    "reply to nobody": publish_unrouted("{}.celery.replies", "client"),
+    "report": publish_unrouted("{}.celery.events", "worker.heartbeat"),
+    "report oddly": publish_unrouted("{}.celery.events", "#"),
+    "hear commands": hear("{}.celery.control", ""),
+    "hear operators' replies": hear("{}.celery.replies", "operator"),
+    "hear monitors' replies": hear("{}.celery.replies", "monitor"),
+    "hear all replies": hear("{}.celery.replies", "#"),
+    "hear events": hear("{}.celery.events", "#"),
+    "hear tasks": hear("{}", "#"),
+    "hear nothing": lambda channel, application: channel.queue_declare("", exclusive=True),
+    "hear by a name": lambda channel, application: channel.queue_declare("amq.gen-mine"),
+    "declare an exchange like a queue": lambda channel, application: channel.exchange_declare("amq.gen-mine", "fanout"),
+    "dead-letter by a queue": lambda channel, application: channel.queue_declare(
+        "", exclusive=True, arguments={"x-dead-letter-exchange": "", "x-dead-letter-routing-key": f"{application}.dead"}
+    ),
 }
 SENDER = {"send", "send later"}
+# RabbitMQ takes line ends off a name, and an empty one asks for a name of the broker's making.
+LISTENER = {"hear nothing", "declare unnamed queue", "declare queue named newline"}
 MAY = {
     "client": SENDER,
     "beat": SENDER,
     # Who may read a queue may also empty it.
-    "worker": SENDER | {"quarantine", "consume", "read", "purge"},
-    "operator": SENDER | {"read dead", "read quarantine"},
-    "monitor": set(),
+    "worker": SENDER | LISTENER | {"quarantine", "consume", "read", "purge", "reply", "report", "hear commands"},
+    "operator": SENDER
+    | LISTENER
+    | {"read dead", "read quarantine", "command", "hear operators' replies", "hear events"},
+    "monitor": LISTENER | {"command", "hear monitors' replies", "hear events"},
 }
 
 

@@ -75,8 +75,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "count the quarantine": ("LLEN", "{0}.quarantine"),
     "read the quarantine": ("LRANGE", "{0}.quarantine", "0", "-1"),
     "read the dead letters": ("LRANGE", "{0}.dead", "0", "-1"),
-    "empty the quarantine": ("RPOP", "{0}.quarantine"),
-    "empty the dead letters": ("RPOP", "{0}.dead"),
+    "empty the quarantine": ("LREM", "{0}.quarantine", "0", "spot check"),
+    "empty the dead letters": ("LREM", "{0}.dead", "0", "spot check"),
+    "take from the quarantine": ("RPOP", "{0}.quarantine"),
     "delete the quarantine": ("DEL", "{0}.quarantine"),
     "hold": ("HSET", "{0}:worker:unacked", "tag", "spot check"),
     "see what is held": ("HGET", "{0}:worker:unacked", "tag"),
@@ -92,8 +93,18 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "write anything": ("SET", "{0}:mine", "1"),
     "bind": ("SADD", "_kombu.binding.{0}", "x"),
     "broadcast": ("PUBLISH", "/0.celery.pidbox", "x"),
-    "listen": ("SUBSCRIBE", "/0.celery.pidbox"),
+    "listen": ("PSUBSCRIBE", "/0.celery.pidbox"),
     "listen to all": ("PSUBSCRIBE", "*"),
+    "command": ("PUBLISH", "/.{0}.celery.control", "x"),
+    "reply": ("PUBLISH", "/.{0}.celery.replies/operator", "x"),
+    "reply to nobody": ("PUBLISH", "/.{0}.celery.replies/client", "x"),
+    "report": ("PUBLISH", "/.{0}.celery.events/worker.heartbeat", "x"),
+    "hear commands": ("PSUBSCRIBE", "/.{0}.celery.control"),
+    "hear operators' replies": ("PSUBSCRIBE", "/.{0}.celery.replies/operator"),
+    "hear monitors' replies": ("PSUBSCRIBE", "/.{0}.celery.replies/monitor"),
+    "hear all replies": ("PSUBSCRIBE", "/.{0}.celery.replies/*"),
+    "hear events": ("PSUBSCRIBE", "/.{0}.celery.events/*"),
+    "hear all": ("PSUBSCRIBE", "/.{0}.celery.*"),
     "list": ("KEYS", "*"),
     "scan": ("SCAN", "0"),
     "run script": ("EVAL", "return 1", "0"),
@@ -117,9 +128,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 WORKER = {
     *("send", "give back", "take", "consume", "quarantine", "bound the quarantine", "dead-letter"),
     *("hold", "see what is held", "let go", "say when", "see when", "forget when"),
+    *("reply", "report", "hear commands"),
 }
 OPERATOR = {name for name in COMMANDS if re.match("(count|read|empty) the", name)}
-MAY = {"client": {"send"}, "beat": {"send"}, "worker": WORKER, "operator": {"send"} | OPERATOR, "monitor": set()}
+OPERATOR |= {"send", "command", "hear operators' replies", "hear events"}
+MONITOR = {"command", "hear monitors' replies", "hear events"}
+MAY = {"client": {"send"}, "beat": {"send"}, "worker": WORKER, "operator": OPERATOR, "monitor": MONITOR}
 
 
 @pytest.mark.parametrize("role", MAY)

@@ -70,6 +70,7 @@ def certificate(
     ca: bool = False,
     valid: tuple[datetime, datetime] = WIDE,
     public_key: Any = None,
+    serial: int | None = None,
 ) -> Pair:
     """Issue a certificate; without an issuer it is self-signed."""
     issuer_key = issuer.key if issuer else key
@@ -79,7 +80,7 @@ def certificate(
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
         .issuer_name(issuer.leaf.subject if issuer else x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
         .public_key(public_key)
-        .serial_number(x509.random_serial_number())
+        .serial_number(serial or x509.random_serial_number())
         .not_valid_before(valid[0])
         .not_valid_after(valid[1])
         .add_extension(x509.BasicConstraints(ca, None), critical=True)
@@ -105,6 +106,24 @@ def signing(uri: str, issuer: Pair | None, key: Any = None, **options: Any) -> P
     """Issue a certificate that names ``uri``; its key is Ed25519 unless given."""
     key = key or ed25519.Ed25519PrivateKey.generate()
     return certificate(uri.rpartition("/")[2], key, issuer, names=[x509.UniformResourceIdentifier(uri)], **options)
+
+
+def revocations(
+    ca: Pair,
+    *revoked: Pair,
+    made: datetime = NOW - HOUR,
+    due: datetime = WIDE[1],
+    extensions: Sequence[x509.ExtensionType] = (),
+) -> bytes:
+    """Make a CA's revocation list, in PEM; its extensions are critical."""
+    builder = x509.CertificateRevocationListBuilder().issuer_name(ca.leaf.subject).last_update(made).next_update(due)
+    for each in revoked:
+        entry = x509.RevokedCertificateBuilder().serial_number(each.leaf.serial_number).revocation_date(made)
+        builder = builder.add_revoked_certificate(entry.build())
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=True)
+    digest = None if isinstance(ca.key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+    return builder.sign(ca.key, digest).public_bytes(Encoding.PEM)
 
 
 def b64(data: bytes) -> bytes:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from amqp import basic_message
 from celery import Task
 
-from ...project import codec, documents, envelope, intake
+from ...project import claims, codec, envelope, intake
 from ...service import Party, Service
-from . import certificates
+from . import certificates, documents
 
 TASK = envelope.Type.TASK
 PREFIX = documents.checksum.name.rpartition(".documents.")[0]
@@ -130,6 +130,10 @@ class Desk:
         fields: dict[str, Any] = codec.decode(verified.payload)
         return fields
 
+    def fresh(self, message: Any) -> bytes:
+        """Return a genuine message's body as if it had been sent once more: no copy, and otherwise the same."""
+        return self.sign({**self.claims(message), "jti": claims.new_id()})
+
     def sign(self, fields: Any, party: Party | None = None) -> bytes:
         """Sign any claims with a genuine key."""
         return (party or self.service.client).signer.sign(TASK, codec.encode(fields))
@@ -181,7 +185,7 @@ def changed(fields: dict[str, Any], path: str, value: object) -> dict[str, Any]:
 def issued(desk: Desk, uri: str, start: int = -120, end: int = 86_400) -> envelope.Signer:
     """Return a signer of the service's own CA; its validity is given in seconds from now."""
     authority = desk.service.pki.signing
-    valid = tuple(certificates.NOW + timedelta(seconds=seconds) for seconds in (start, end))
+    valid = tuple(datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=seconds) for seconds in (start, end))
     return certificates.signing(uri, certificates.Pair(authority.key, (authority.root,)), valid=valid).signer
 
 

@@ -57,6 +57,13 @@ def test_every_task_is_seen(form: str, place: str) -> None:
     assert sorted(named(**{place: signatures}), key=str) == sorted(expected, key=str)
 
 
+def test_the_error_callbacks_that_a_chord_gives_to_its_header_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(app.conf, "task_allow_error_cb_on_chord_header", True)
+    signature = chord([call("a")], call("c"), app=app)
+    signature.link_error(call("b"))  # Celery writes that it is immutable into its options too
+    assert set(named(callbacks=[signature])) == {A, B, ("c", None)}
+
+
 def test_a_task_named_by_its_name_alone_is_seen() -> None:
     assert named(errbacks=["a"]) == [A]
 
@@ -101,10 +108,14 @@ def test_a_built_in_task_that_could_hide_another_is_refused(name: str, args: lis
         {"task": "a", "options": {"options": {"link": [{"task": "b"}]}}},
         {"task": "a", "options": {"task": "b"}},
         {"task": "a", "options": {"type": "b"}},
+        {"task": "a", "options": {"immutable": False}, "immutable": True},  # one of the two would win
+        {"task": "a", "options": {"immutable": [{"task": "b"}]}},
         {"task": "a", "options": ["link"]},
         {"task": "a", "options": {"queue": ["slow"]}},
         {"task": "a", "options": {"link": 1}},
         {"task": "a", "kwargs": []},
+        {"task": "a", "args": "b"},
+        {"task": "celery.map", "args": 7, "immutable": True},
         {"task": "a", "subtask_type": "group", "kwargs": {"tasks": []}},
         {"task": "a", "subtask_type": "xmap", "kwargs": {"task": "b", "it": []}},
         {"task": "a", "subtask_type": ["group"]},

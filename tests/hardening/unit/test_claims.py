@@ -250,8 +250,8 @@ def test_every_field_of_a_published_message_comes_back_in_the_request() -> None:
         "origin": "gen1@host",
         "traceparent": "00-1",
     }
-    properties = {"reply_to": "r", "correlation_id": "c", "priority": 3, "delivery_mode": 2}
-    fields = claims.task_fields(headers, properties)
+    properties = {"reply_to": "r", "correlation_id": "c", "app_id": "a", "priority": 3}
+    fields = claims.task_fields(headers, {**properties, "delivery_mode": 2})
     assert "secret" not in str(fields)
     rebuilt = claims.request_headers(_parse({**GENUINE, "task": codec.decode(codec.encode(fields))}))
     for name in headers.keys() - {"argsrepr", "kwargsrepr", "origin", "traceparent", "run"}:
@@ -259,11 +259,7 @@ def test_every_field_of_a_published_message_comes_back_in_the_request() -> None:
     assert rebuilt["headers"] == {"traceparent": "00-1"}
     assert rebuilt["origin"] == GENUINE["origin"]
     assert rebuilt["argsrepr"] == rebuilt["kwargsrepr"] == "(hidden)"
-    assert {name: fields[name] for name in ("reply_to", "correlation_id", "priority")} == {
-        "reply_to": "r",
-        "correlation_id": "c",
-        "priority": 3,
-    }
+    assert {name: fields[name] for name in claims.PROPERTIES} == properties
 
 
 def test_every_option_of_a_task_is_known_to_be_celerys() -> None:

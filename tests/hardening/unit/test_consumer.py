@@ -9,18 +9,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.einfo import ExceptionInfo
 from celery._state import _set_task_join_will_block
+from celery.concurrency import gevent, prefork, solo, thread
+from celery.concurrency.base import BasePool
 from celery.exceptions import TimeLimitExceeded
 from celery.worker import WorkController
-from celery.worker.consumer import Connection, Control, Gossip, Heart, Mingle, Tasks
+from celery.worker.consumer import Connection, Control, Events, Gossip, Heart, Mingle, Tasks
 from celery.worker.consumer.delayed_delivery import DelayedDelivery
 from celery.worker.request import Request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.asynchronous.timer import Timer
 
-from ...project import audit, claims, codec, consumer, documents, envelope, errors
+from ...project import audit, claims, codec, consumer, envelope, errors
 from ...service import Service
+from . import documents
 from .desk import Channel, delivered
 
 NAME = documents.checksum.name
@@ -53,13 +57,12 @@ class Bench:
         service.client.app.send_task(NAME, ("x",), ignore_result=False)
         (message,) = service.deliveries()
         message.ack()
-        self.body = message.body
         verifier = service.worker.app.hardening.verifier
         self.claims = codec.decode(verifier.verify(envelope.Type.TASK, message.body).payload)
 
     def sign(self, **changes: Any) -> bytes:
         """Return genuine claims, changed, under a genuine client's signature; ``task__id`` is the task's ``id``."""
-        fields = copy.deepcopy(self.claims)
+        fields = {**copy.deepcopy(self.claims), "jti": claims.new_id()}
         for name, value in changes.items():
             parent, _, child = name.rpartition("__")
             (fields[parent] if parent else fields)[child] = value
@@ -87,7 +90,7 @@ def bench(one_bench: Bench) -> Iterator[Bench]:
 
 
 def test_a_genuine_message_becomes_a_request_of_ours(bench: Bench) -> None:
-    assert bench.receive(bench.body) == []
+    assert bench.receive(bench.sign()) == []
     (request,) = bench.requests
     assert isinstance(request, consumer.HardenedRequest)
     assert (request.name, request.args, request.argsrepr) == (NAME, ["x"], "(hidden)")
@@ -101,7 +104,7 @@ def test_a_refused_message_never_reaches_celery(bench: Bench, body: Any, content
     assert bench.receive(body, content_type) == ["acknowledged"]
     assert bench.requests == []
     assert [record["code"] for record in bench.service.quarantined()] == ["message.unsigned"]
-    bench.receive(bench.body)
+    bench.receive(bench.sign())
     assert len(bench.requests) == 1
 
 
@@ -219,6 +222,17 @@ def test_a_time_limit_with_an_errback_of_two_arguments_does_not_raise(bench: Ben
         result.get(timeout=1)
 
 
+def test_a_task_that_found_no_memory_has_failed_and_its_worker_has_not(bench: Bench) -> None:
+    """Stock Celery raises it again in the main process, which ends the worker, and the next that gets the message."""
+    bench.receive(bench.sign())
+    (request,) = bench.requests
+    try:
+        raise MemoryError
+    except MemoryError:
+        request.on_failure(ExceptionInfo(), return_ok=True)
+    assert request.acknowledged
+
+
 def test_an_expired_task_is_dropped_and_its_id_is_revoked_for_nobody(bench: Bench) -> None:
     past = "2000-01-01T00:00:00+00:00"
     assert bench.receive(bench.sign(task__expires=past, task__id="shared-id")) == ["acknowledged"]
@@ -230,17 +244,26 @@ def test_an_expired_task_is_dropped_and_its_id_is_revoked_for_nobody(bench: Benc
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def test_celerys_unsigned_chatter_is_off_whatever_the_command_line_says(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("events", [False, True])
+def test_workers_do_not_tell_each_other_what_to_do_whatever_the_command_line_says(
+    service: Service, monkeypatch: pytest.MonkeyPatch, events: bool
 ) -> None:
     for step in (Gossip, Mingle):  # as with AMQP
         monkeypatch.setattr(step, "compatible_transport", lambda *_: True)
-    made = _worker(service, without_gossip=False, without_mingle=False, without_heartbeat=False).consumer
+    options = {"without_gossip": False, "without_mingle": False, "without_heartbeat": False}
+    made = _worker(service, task_events=events, **options).consumer
     enabled = {type(step) for step in made.steps if getattr(step, "enabled", True)}
-    assert not enabled & {Gossip, Mingle, Heart, Control}
+    assert not enabled & {Gossip, Mingle}
+    assert (Heart in enabled, Events in enabled) == (events, events)
     assert DelayedDelivery not in {type(step) for step in made.steps}
     assert not any("delayed" in step for step in consumer.HardenedConsumer.Blueprint.default_steps)
-    assert {Connection, Tasks} <= enabled
+    assert {Connection, Tasks, Control} <= enabled
+
+
+def test_a_request_is_described_without_its_arguments(bench: Bench) -> None:
+    bench.receive(bench.sign(args=["swordfish"]))
+    for safe in (True, False):
+        assert "swordfish" not in str(bench.requests[0].info(safe=safe))
 
 
 def test_the_application_names_our_consumer(bench: Bench) -> None:
@@ -251,9 +274,13 @@ def test_the_application_names_our_consumer(bench: Bench) -> None:
 # --- before it starts -------------------------------------------------------------------------------------------------
 
 
+def _check(app: Any, pool: type = prefork.TaskPool) -> None:
+    consumer.Preflight(SimpleNamespace(app=app, pool_cls=pool))
+
+
 def _refused(service: Service, app: Any = None) -> errors.ConfigurationRefused:
     with pytest.raises(errors.ConfigurationRefused) as caught:
-        consumer.Preflight(SimpleNamespace(app=app or service.worker.app))
+        _check(app or service.worker.app)
     return caught.value
 
 
@@ -291,9 +318,20 @@ def test_a_worker_whose_configuration_was_changed_may_not_start(service: Service
     assert _refused(service).setting == "accept_content"
 
 
+@pytest.mark.parametrize("pool", [gevent.TaskPool, BasePool])
+def test_a_worker_of_an_unknown_kind_of_pool_may_not_start(service: Service, pool: type) -> None:
+    with pytest.raises(errors.ConfigurationRefused, match=r"choose prefork, threads or solo \[worker\.pool\]"):
+        _check(service.worker.app, pool)
+
+
+@pytest.mark.parametrize("pool", [prefork.TaskPool, thread.TaskPool, solo.TaskPool])
+def test_a_worker_of_a_known_kind_of_pool_may_start(service: Service, pool: type) -> None:
+    _check(service.worker.app, pool)
+
+
 def test_a_worker_that_may_start_says_so(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger=audit.logger.name):
-        consumer.Preflight(SimpleNamespace(app=service.worker.app))
+        _check(service.worker.app)
     assert [record.audit for record in caplog.records] == [
         {"event": "hardening.started", "signer": str(service.worker.identity)}
     ]
@@ -301,5 +339,5 @@ def test_a_worker_that_may_start_says_so(service: Service, caplog: pytest.LogCap
 
 def test_a_worker_consumes_its_pools_queues_alone(service: Service) -> None:
     app = service.worker.app
-    consumer.Preflight(SimpleNamespace(app=app))
+    _check(app)
     assert set(app.amqp.queues.consume_from) == app.hardening.consumed

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ...project import documents, errors
+from ...project import errors
 from ...service import Service
+from . import documents
 
 
 def test_an_errback_is_sent_and_gets_the_failed_tasks_id(service: Service) -> None:

@@ -97,3 +97,101 @@ def test_a_configuration_refusal_is_one_sentence_that_celery_prints() -> None:
     refusal = errors.ConfigurationRefused("broker_url", "is plain", "use amqps://", "config.tls")
     assert str(refusal) == "broker_url: is plain; use amqps:// [config.tls]"
     assert isinstance(refusal, SecurityError)
+
+
+# --- who may what, and why --------------------------------------------------------------------------------------------
+
+RULES = """\
+application = "shop"
+trust_domain = "shop.test"
+[queues.default]
+[queues.slow]
+[pools.worker]
+queues = ["default", "slow"]
+sends = ["shop.tasks.*"]
+
+[callers.client]
+queues = ["default"]
+sends = [
+    "shop.tasks.pay",
+]
+[callers.billing]
+queues = ["default"]
+sends = ["shop.tasks.bill"]
+[callers.operator]
+controls = ["revoke"]
+[callers.monitor]
+[callers.mall]
+identity = "spiffe://mall.test/{environment}/mall/worker"
+queues = ["default"]
+sends = ["shop.tasks.pay"]
+"""
+SHOP = "spiffe://shop.test/production/shop"
+
+
+@pytest.mark.parametrize(
+    ("signer", "asked", "allowed", "reason"),
+    [
+        ("client", ("--task", "shop.tasks.pay"), True, "line 11: callers.client.sends"),
+        (f"{SHOP}/client", ("--task", "shop.tasks.pay"), True, "line 11: callers.client.sends"),
+        ("client", ("--task", "shop.tasks.pay", "--queue", "default"), True, "line 11: callers.client.sends"),
+        ("client", ("--task", "shop.tasks.pay", "--queue", "shop.default"), True, "line 11: callers.client.sends"),
+        ("client", ("--task", "shop.tasks.pay", "--queue", "slow"), False, "line 10: callers.client.queues"),
+        ("client", ("--task", "shop.tasks.bill"), False, "line 11: callers.client.sends"),
+        ("billing", ("--task", "shop.tasks.bill"), True, "line 16: callers.billing.sends"),
+        ("client/billing", ("--task", "shop.tasks.bill"), True, "line 16: callers.billing.sends"),
+        (f"{SHOP}/client/billing", ("--task", "shop.tasks.pay"), False, "line 16: callers.billing.sends"),
+        ("worker", ("--task", "shop.tasks.pay", "--queue", "slow"), True, "line 7: pools.worker.sends"),
+        ("monitor", ("--task", "shop.tasks.pay"), False, "line 19: callers.monitor"),
+        ("beat", ("--task", "shop.tasks.pay"), False, "no stanza"),
+        ("mall", ("--task", "shop.tasks.pay"), True, "line 23: callers.mall.sends"),
+        ("spiffe://mall.test/x/mall/worker", ("--task", "shop.tasks.pay"), True, "line 23: callers.mall.sends"),
+        ("spiffe://mall.test/x/mall/client", ("--task", "shop.tasks.pay"), False, "no stanza"),
+        ("spiffe://mall.test/x/shop/client", ("--task", "shop.tasks.pay"), False, "no stanza"),
+        ("operator", ("--method", "revoke"), True, "line 18: callers.operator.controls"),
+        ("operator", ("--method", "shutdown"), False, "line 18: callers.operator.controls"),
+        ("monitor", ("--method", "ping"), False, "line 19: callers.monitor.controls"),
+        ("operator/alice", ("--method", "revoke"), False, "no stanza"),
+        ("nobody", ("--method", "revoke"), False, "no stanza"),
+    ],
+)
+def test_a_right_is_explained_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], signer: str, asked: tuple[str, ...], allowed: bool, reason: str
+) -> None:
+    file = tmp_path / "topology.toml"
+    file.write_text(RULES)
+    code = explain.main(["--signer", signer, *asked, "--topology", str(file)])
+    said = capsys.readouterr().out
+    assert (code, "is allowed" in said, "is refused" in said) == (0 if allowed else 1, allowed, not allowed)
+    assert reason in said
+    assert str(file) in said
+
+
+def test_the_environment_names_the_topology(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "topology.toml").write_text(RULES)
+    monkeypatch.setenv("SECURE_CELERY_TOPOLOGY", str(tmp_path / "topology.toml"))
+    assert explain.main(["--signer", "client", "--task", "shop.tasks.pay"]) == 0
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signer", ["spiffe://x", "Client", "client/a/b", "*"])
+def test_who_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], signer: str) -> None:
+    (tmp_path / "topology.toml").write_text(RULES)
+    assert explain.main(["--signer", signer, "--task", "a", "--topology", str(tmp_path / "topology.toml")]) == 1
+    assert "signer.identity" in capsys.readouterr().err
+
+
+def test_a_wrong_topology_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "topology.toml").write_text(RULES.replace('"shop.tasks.bill"', '"*"'))
+    assert explain.main(["--signer", "client", "--task", "a", "--topology", str(tmp_path / "topology.toml")]) == 1
+    assert "topology.toml, line 16: callers.billing.sends" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--signer", "client"], ["--task", "a"], ["--method", "a"]])
+def test_half_a_question_is_told_so(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        explain.main(arguments)
+    with pytest.raises(SystemExit):
+        explain.main(["--signer", "client", "--task", "a", "--method", "b"])

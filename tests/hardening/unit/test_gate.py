@@ -103,7 +103,7 @@ def test_an_unsigned_header_has_no_effect(desk: Desk, name: str) -> None:
     genuine = desk.capture(7)
     expected = _request(desk, delivered(genuine.body, content_type=envelope.CONTENT_TYPE))
     headers = {"task": PROBE, "id": genuine.headers["id"], name: HEADERS[name]}
-    forged = delivered(genuine.body, content_type=envelope.CONTENT_TYPE, application_headers=headers)
+    forged = delivered(desk.fresh(genuine), content_type=envelope.CONTENT_TYPE, application_headers=headers)
     assert _request(desk, forged) == expected
 
 
@@ -111,7 +111,7 @@ def test_an_unsigned_header_has_no_effect(desk: Desk, name: str) -> None:
 def test_an_unsigned_property_has_no_effect(desk: Desk, name: str) -> None:
     genuine = desk.capture(7)
     expected = _request(desk, delivered(genuine.body, content_type=envelope.CONTENT_TYPE))
-    forged = delivered(genuine.body, content_type=envelope.CONTENT_TYPE, **{name: PROPERTIES[name]})
+    forged = delivered(desk.fresh(genuine), content_type=envelope.CONTENT_TYPE, **{name: PROPERTIES[name]})
     assert _request(desk, forged) == expected
 
 

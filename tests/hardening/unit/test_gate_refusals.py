@@ -11,7 +11,8 @@ from celery.result import AsyncResult
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ...project import claims, codec, documents, envelope, errors
+from ...project import claims, codec, envelope, errors
+from . import documents
 from .desk import (
     FORBIDDEN,
     HEADERS,
@@ -255,9 +256,12 @@ def test_no_message_without_a_key_is_admitted_raises_or_is_lost(
     value=_VALUE.filter(lambda value: _has_json(value)),
 )
 def test_no_claim_that_a_genuine_signer_may_make_raises(desk: Desk, path: str, value: Any) -> None:
-    fields = changed(_GENUINE.setdefault(id(desk.service), desk.claims()), path, value)
+    genuine = {**_GENUINE.setdefault(id(desk.service), desk.claims()), "jti": claims.new_id()}
     channel = Channel()
-    admitted = desk.service.gate.receive(delivered(desk.sign(fields), channel, content_type=envelope.CONTENT_TYPE))
+    message = delivered(
+        desk.sign(changed(genuine, path, value)), channel, {"redelivered": False}, content_type=envelope.CONTENT_TYPE
+    )
+    admitted = desk.service.gate.receive(message)
     if admitted is None:
         assert channel.fate == ["acknowledged"]
         (record,) = desk.service.quarantined()

@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery, Signature, Task, chain, group
+from celery import Celery, Task
 from celery.app.amqp import AMQP
-from celery.exceptions import QueueNotFound
-from celery.signals import after_task_publish, before_task_publish
 from kombu import Exchange, Queue
-from kombu.exceptions import EncodeError
 from kombu.serialization import registry
 
 from stack.account import Account
 from stack.pki import Pki
 
-from ...project import Settings, consumer, documents, errors, hardening, intake, producer, results
+from ...project import Settings, consumer, errors, hardening, intake, producer, results
 from ...service import ROOT, Service
+from . import documents
 
 PREFIX = documents.checksum.name.rpartition(".documents.")[0]
 
@@ -42,6 +40,8 @@ def _settings(pki: Pki, own: str, role: str) -> Settings:
         broker_url=f"amqps://127.0.0.1:5671/{own}",
         result_backend=f"rediss://{own}.{role}@127.0.0.1:6380/0",
         result_backend_password_file=tls.key,
+        replay_store=f"rediss://{own}.{role}@127.0.0.1:6380/0",
+        replay_store_password_file=tls.key,
         topology=ROOT / "topology.toml",
         tls_ca=pki.tls.certificate,
         tls_certificate=tls.certificate,
@@ -107,9 +107,10 @@ def test_every_setting_has_the_safe_value(worker: Settings, own: str) -> None:
         "result_extended": False,
         "task_protocol": 2,
         "task_always_eager": False,
-        "worker_enable_remote_control": False,
-        "worker_send_task_events": False,
         "task_send_sent_event": False,
+        "worker_send_task_events": False,
+        "control_exchange": f"{own}.celery.control",
+        "event_exchange": f"{own}.celery.events",
         "task_create_missing_queues": False,
         "task_default_exchange": own,
         "task_default_exchange_type": "topic",
@@ -127,6 +128,9 @@ def test_every_setting_has_the_safe_value(worker: Settings, own: str) -> None:
         "task_time_limit": 300,
         "task_soft_time_limit": 270,
         "worker_prefetch_multiplier": 1,
+        "worker_max_tasks_per_child": 1000,
+        "worker_max_memory_per_child": 512 * 1024,
+        "worker_eta_task_limit": 10_000,
         "result_expires": 3600,
     }
     assert {name: getattr(conf, name) for name in expected} == expected
@@ -187,8 +191,9 @@ def test_the_applications_own_choices_stay_where_they_are_safe(worker: Settings)
         {"result_backend": "db+sqlite:////tmp/x"},
         {"task_always_eager": True},
         {"task_protocol": 1},
-        {"worker_enable_remote_control": True},
-        {"worker_send_task_events": True},
+        {"task_send_sent_event": True},
+        {"control_exchange": "celery"},
+        {"event_exchange": "celeryev"},
         {"task_create_missing_queues": True},
         {"task_queues": [Queue("x", Exchange("x"))]},
         {"task_compression": "gzip"},
@@ -442,115 +447,3 @@ def test_a_shared_task_is_sent_signed_through_the_hardened_application(service: 
     result = service.client.app.tasks[documents.checksum.name].delay("x")
     assert service.work() == 1
     assert len(result.get(timeout=1)) == 64
-
-
-# --- the producer -----------------------------------------------------------------------------------------------------
-
-
-def test_a_receiver_of_a_signal_cannot_change_what_is_signed_afterwards(service: Service) -> None:
-    """Signals run before the signature is made: what they set is signed, and what they fail to do is not skipped."""
-    seen: list[Any] = []
-
-    def before(headers: dict[str, Any], **_: Any) -> None:
-        headers["traceparent"] = "00-1"
-        raise RuntimeError("signals fail open")
-
-    def after(body: Any, **_: Any) -> None:
-        seen.append(body)
-
-    before_task_publish.connect(before)
-    after_task_publish.connect(after)
-    try:
-        service.send(documents.checksum, "x")
-    finally:
-        before_task_publish.disconnect(before)
-        after_task_publish.disconnect(after)
-    (message,) = service.deliveries()
-    admitted = service.gate.admit(message)
-    message.ack()
-    assert admitted.headers["headers"] == {"traceparent": "00-1"}
-
-
-@pytest.mark.parametrize("option", [{"serializer": "pickle"}, {"serializer": "yaml"}, {"compression": "gzip"}])
-def test_no_option_of_a_call_changes_the_format(service: Service, option: dict[str, str]) -> None:
-    service.client.app.send_task(documents.checksum.name, ("x",), **option)
-    (message,) = service.deliveries()
-    assert message.content_type == "application/jose"
-    assert service.gate.receive(message) is not None
-    message.ack()
-
-
-def test_a_queue_that_the_topology_has_not_is_refused_at_the_call(service: Service) -> None:
-    send, rules = service.client.app.send_task, service.rules
-    with pytest.raises(QueueNotFound):
-        send(documents.checksum.name, ("x",), queue="made-up")
-    for key in ("made-up", rules.quarantine, rules.dead, f"x.{rules.queues[0].broker_name}"):
-        with pytest.raises(errors.ConfigurationRefused) as caught:
-            send(documents.checksum.name, ("x",), exchange=rules.exchange, routing_key=key)
-        assert caught.value.code == "queue.unknown"
-    assert list(service.deliveries()) == service.quarantined() == []
-
-
-def test_a_message_that_is_too_large_is_refused_at_the_call(service: Service) -> None:
-    with pytest.raises(errors.TooLarge):
-        service.send(documents.checksum, "x" * service.client.app.hardening.settings.message_max_bytes)
-    assert list(service.deliveries()) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "leaf"),
-    [
-        ({"headers": {"trace": {"nested": 1}}}, errors.BadShape),
-        ({"headers": {"trace": [1]}}, errors.BadShape),
-        ({"task_id": "a\nb"}, errors.BadShape),
-        ({"shadow": "x" * 256}, errors.BadShape),
-        ({"priority": 256}, errors.BadShape),
-        ({"time_limit": -1}, errors.BadShape),
-        ({"countdown": 10**8}, errors.DelayTooLong),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.__name__,
-)
-def test_what_a_gate_would_not_take_is_refused_at_the_call(
-    service: Service, options: dict[str, Any], leaf: type[Exception]
-) -> None:
-    """Its caller would wait for a result for ever: a message without a sound shape has nobody to answer to."""
-    with pytest.raises(leaf):
-        service.client.app.send_task(documents.checksum.name, ("x",), **options)
-    assert list(service.deliveries()) == []
-
-
-def test_an_argument_without_a_json_form_is_refused_at_the_call(service: Service) -> None:
-    with pytest.raises(EncodeError):
-        service.send(documents.checksum, object())
-    assert list(service.deliveries()) == []
-
-
-def test_the_arguments_are_in_the_envelope_alone(service: Service) -> None:
-    service.send(documents.checksum, "swordfish")
-    (message,) = service.deliveries()
-    message.ack()
-    assert "swordfish" not in str(message.headers) + str(message.properties)
-    assert set(message.headers) == {"task", "id"}
-    for unsigned in ("reply_to", "correlation_id"):
-        assert not message.properties.get(unsigned)
-
-
-def test_a_group_a_chain_and_a_callback_run_through_the_gate(service: Service) -> None:
-    name = f"{PREFIX}.number"
-
-    @service.worker.app.task(name=name, shared=False, ignore_result=False)
-    def number(value: int) -> int:
-        return value
-
-    app = service.client.app
-
-    def sent(*args: Any) -> Signature:
-        return app.signature(name, args=args, ignore_result=False)
-
-    each = group([sent(1), sent(2)], app=app).apply_async()
-    assert service.work() == 2
-    assert each.join(timeout=1) == [1, 2]
-    last = chain(sent(5), sent(), app=app).apply_async(link=sent())
-    assert service.work() == 3
-    assert last.get(timeout=1) == 5
-    assert service.quarantined() == []

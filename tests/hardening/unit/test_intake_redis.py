@@ -118,3 +118,8 @@ def test_a_compression_is_refused_and_not_undone() -> None:
     compressed["headers"]["compression"] = "application/x-gzip"
     delivered = deliver(rebuilt(json.dumps(compressed).encode()))
     assert isinstance(delivered.refusal, errors.Compressed)
+
+
+@pytest.mark.parametrize(("length", "kept"), [(1, 10_000), (1_000, 10_000), (65_536, 1024), (2**21, 32), (2**26, 1)])
+def test_of_long_messages_fewer_are_kept(length: int, kept: int) -> None:
+    assert intake_redis._last("x" * length) == kept - 1

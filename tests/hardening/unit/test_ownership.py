@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from celery import Task
 
-from ...project import codec, documents, envelope, errors, identity, ownership
+from ...project import codec, envelope, errors, identity, ownership
 from ...service import Service
+from . import documents
 
 PREFIX = documents.checksum.name.rpartition(".documents.")[0]
 PLAIN, SENDS, SENDS_AS_ITSELF = f"{PREFIX}.plain", f"{PREFIX}.sends", f"{PREFIX}.sends_as_itself"
@@ -85,26 +86,41 @@ def test_what_a_tasks_own_code_sends_is_the_workers_doing_and_its_callers_proper
     assert claims["owner"] == str(sent.service.client.identity)
 
 
+def owner(own: identity.Identity = OWN, audience: str = OWN.audience) -> str:
+    return ownership.owner(own, audience)
+
+
+def origin(own: identity.Identity = OWN, audience: str = OWN.audience) -> str:
+    return ownership.origin(own, audience, "id", "task")
+
+
 def test_outside_a_task_everything_is_ones_own() -> None:
-    assert ownership.owner(OWN) == ownership.origin(OWN, "id", "task") == str(OWN)
+    assert owner() == origin() == str(OWN)
+
+
+def test_at_another_service_one_always_acts_for_oneself() -> None:
+    elsewhere = "spiffe://billing.test/production/billing"
+    with ownership.acting_for(SimpleNamespace(origin="an-origin", owner="an-owner")):
+        assert (owner(), origin()) == ("an-owner", "an-origin")
+        assert owner(audience=elsewhere) == origin(audience=elsewhere) == str(OWN)
 
 
 def test_the_outermost_request_is_acted_for_and_only_until_the_block_ends() -> None:
     outer, inner = (SimpleNamespace(origin=f"{name}-origin", owner=f"{name}-owner") for name in ("outer", "inner"))
     with ownership.acting_for(outer):
         with ownership.acting_for(inner):
-            assert ownership.owner(OWN) == "outer-owner"
-            assert ownership.origin(OWN, "id", "task") == "outer-origin"
-        assert ownership.owner(OWN) == "outer-owner"
+            assert owner() == "outer-owner"
+            assert origin() == "outer-origin"
+        assert owner() == "outer-owner"
     with pytest.raises(ZeroDivisionError), ownership.acting_for(outer):
         _ = 1 / 0
-    assert ownership.owner(OWN) == str(OWN)
+    assert owner() == str(OWN)
 
 
 @pytest.mark.parametrize("request_", [None, SimpleNamespace(), SimpleNamespace(owner=None, origin="x")])
 def test_a_request_without_an_owner_changes_nothing(request_: Any) -> None:
     with ownership.acting_for(request_):
-        assert ownership.owner(OWN) == str(OWN)
+        assert owner() == str(OWN)
 
 
 def test_no_two_owners_share_a_namespace() -> None:
@@ -116,8 +132,10 @@ def test_no_two_owners_share_a_namespace() -> None:
         "spiffe://orders.test/production/orders/worker/web",
         "spiffe://orders.test/production/billing/client",
         "spiffe://orders.test/production/billing/client/web",
+        "spiffe://billing.test/production/billing/client",
+        "spiffe://billing.test/production/orders/client",
     ]
-    names = [ownership.namespace(owner, OWN) for owner in owners]
+    names = [ownership.namespace(owner, OWN.audience) for owner in owners]
     assert len(set(names)) == len(owners)
     for name in names:
         assert not any(other.startswith(f"{name}:") for other in names)  # the id follows behind a colon
@@ -128,4 +146,4 @@ def test_no_two_owners_share_a_namespace() -> None:
 )
 def test_an_owner_that_is_no_identity_has_no_namespace(owner: str) -> None:
     with pytest.raises(errors.InvalidIdentity):
-        ownership.namespace(owner, OWN)
+        ownership.namespace(owner, OWN.audience)

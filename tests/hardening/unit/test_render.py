@@ -63,6 +63,7 @@ def recorded() -> Recorder:
 
 def test_delayed_delivery_is_declared_as_kombu_would() -> None:
     own = {TOPOLOGY.exchange, TOPOLOGY.dead, TOPOLOGY.quarantine, *(queue.broker_name for queue in TOPOLOGY.queues)}
+    own |= {TOPOLOGY.celery("control"), TOPOLOGY.celery("replies"), TOPOLOGY.celery("events")}
     rules, kombu = render.definitions(TOPOLOGY), recorded()
     exchanges = [
         (e["name"], e["type"], e["durable"], e["auto_delete"]) for e in rules["exchanges"] if e["name"] not in own
@@ -96,9 +97,32 @@ def may(role: str, operation: str, resource: str, routing_key: str | None = None
 
 
 @pytest.mark.parametrize("role", TOPOLOGY.accounts)
-def test_no_account_may_declare_anything(role: str) -> None:
-    assert not may(role, "configure", f"{APPLICATION}.default")
-    assert not may(role, "configure", "mine")
+def test_no_account_may_declare_what_it_can_name(role: str) -> None:
+    """RabbitMQ refuses names that start with `amq.` from everyone, and gives them itself."""
+    for name in (f"{APPLICATION}.default", "mine", "amq.topic", f"{APPLICATION}.amq.gen-x", TOPOLOGY.celery("control")):
+        assert not may(role, "configure", name)
+    assert may(role, "configure", "amq.gen-x") == (role in {"worker", "operator", "monitor"})
+
+
+def test_who_may_command_answer_report_and_listen() -> None:
+    def those(operation: str, what: str) -> set[str]:
+        return {role for role in TOPOLOGY.accounts if may(role, operation, TOPOLOGY.celery(what))}
+
+    controllers, workers = {"operator", "monitor"}, set(TOPOLOGY.pools)
+    assert (those("write", "control"), those("read", "control")) == (controllers, workers)
+    for what in ("replies", "events"):
+        assert (those("write", what), those("read", what)) == (workers, controllers)
+    exchanges = [exchange["name"] for exchange in render.definitions(TOPOLOGY)["exchanges"]]
+    for role in TOPOLOGY.accounts:  # or a queue of one's own could dead-letter what one has sent, with any routing key
+        assert not any(may(role, "read", exchange) and may(role, "write", exchange) for exchange in exchanges)
+    topics = {
+        (rule["user"].rpartition(".")[2], rule["exchange"]): (rule["write"], rule["read"])
+        for rule in render.definitions(TOPOLOGY)["topic_permissions"]
+    }
+    assert topics["worker", TOPOLOGY.celery("replies")] == ("^(operator|monitor)$", "^$")
+    for role in controllers:  # nobody reads another's replies
+        assert topics[role, TOPOLOGY.celery("replies")] == ("^$", f"^{role}$")
+        assert topics[role, TOPOLOGY.celery("events")] == ("^$", "^#$")
 
 
 @pytest.mark.parametrize("role", TOPOLOGY.accounts)
@@ -141,7 +165,7 @@ def test_every_exchange_that_can_be_written_has_a_topic_permission() -> None:
     topics = {(rule["user"], rule["exchange"]) for rule in rules["topic_permissions"]}
     for permission in rules["permissions"]:
         for exchange in rules["exchanges"]:
-            if re.search(permission["write"], exchange["name"]):
+            if exchange["type"] == "topic" and re.search(permission["write"], exchange["name"]):
                 assert (permission["user"], exchange["name"]) in topics
 
 
@@ -151,6 +175,13 @@ def test_pools_read_their_queues_the_operator_what_went_wrong_and_nobody_else_an
     expected |= {role: [] for role in TOPOLOGY.callers}
     expected["operator"] = [TOPOLOGY.dead, TOPOLOGY.quarantine]
     assert {role: [queue for queue in queues if may(role, "read", queue)] for role in TOPOLOGY.accounts} == expected
+
+
+def test_looking_at_what_is_kept_does_not_wear_it_out() -> None:
+    """RabbitMQ 4 drops what was put back twenty times, where no limit is set; -1 would be refused by version 3."""
+    queues = {queue["name"]: queue["arguments"] for queue in render.definitions(TOPOLOGY)["queues"]}
+    for name in (TOPOLOGY.dead, TOPOLOGY.quarantine):
+        assert queues[name]["x-delivery-limit"] >= 100_000
 
 
 def test_every_queue_is_bounded() -> None:
@@ -167,10 +198,17 @@ def test_a_pool_reaches_only_its_own_queues(tmp_path: Path) -> None:
     )
     rules = render.definitions(topology.Topology.load(tmp_path / "topology.toml"))
     assert {rule["user"]: (rule["write"], rule["read"]) for rule in rules["permissions"]} == {
-        "shop.worker": (r"^(shop|celery_delayed_27|shop\.quarantine)$", r"^shop\.a$"),
-        "shop.heavy": (r"^shop\.quarantine$", r"^shop\.b$"),
+        f"shop.{name}": (
+            rf"^({exchanges}shop\.quarantine|shop\.celery\.replies|shop\.celery\.events|amq\.gen-.+)$",
+            rf"^(shop\.{queue}|shop\.celery\.control|amq\.gen-.+)$",
+        )
+        for name, exchanges, queue in (("worker", r"shop|celery_delayed_27|", "a"), ("heavy", "", "b"))
     }
-    assert {(rule["user"], rule["exchange"]): rule["write"] for rule in rules["topic_permissions"]} == {
+    rights = {(rule["user"], rule["exchange"]): rule["write"] for rule in rules["topic_permissions"]}
+    for pool in ("shop.worker", "shop.heavy"):
+        assert rights.pop((pool, "shop.celery.replies")) == "^$"  # nobody asks
+        assert rights.pop((pool, "shop.celery.events"))
+    assert rights == {
         ("shop.worker", "shop"): r"^shop\.a$",
         ("shop.worker", "celery_delayed_27"): r"^([01]\.){28}shop\.a$",
         ("shop.worker", "shop.quarantine"): r"^shop\.quarantine$",
@@ -216,7 +254,14 @@ def test_every_key_and_channel_has_the_applications_prefix() -> None:
     for rules in acl().values():
         for rule in rules:
             if "~" in rule or rule.startswith("&"):
-                assert re.fullmatch(rf"(%R~|%W~|~|&){APPLICATION}:celery-task(set)?-meta-\S+", rule.strip("()"))
+                assert re.fullmatch(
+                    rf"(%R~|%W~|~|&){APPLICATION}:(celery-task(set)?-meta-|replay:)\S+", rule.strip("()")
+                )
+
+
+def test_only_workers_reach_what_says_which_messages_have_run() -> None:
+    reach = {name for name, rules in acl().items() if any(":replay:" in rule for rule in rules)}
+    assert reach == {TOPOLOGY.account(pool) for pool in TOPOLOGY.pools}
 
 
 def test_only_workers_write_results() -> None:
@@ -240,7 +285,20 @@ def test_nobody_can_log_in_with_the_committed_broker_acl() -> None:
     assert default.startswith("user default off resetpass resetkeys ")
     for line in accounts:
         assert " resetpass resetkeys resetchannels -@all" in line
-        assert not re.search(r"nopass|[#>!]|allkeys|allcommands|allchannels|\+@|&|~\*", line)
+        assert not re.search(r"nopass|[#>!]|allkeys|allcommands|allchannels|\+@|&\*|~\*", line)
+
+
+def test_channels_of_the_broker_are_named_in_full_for_those_who_need_them() -> None:
+    control, replies, events = (f"/.{TOPOLOGY.celery(what)}" for what in ("control", "replies", "events"))
+    hears = {role: (f"{replies}/{role}", f"{events}/*") for role in ("operator", "monitor")} | {"worker": (control,)}
+    tells = dict.fromkeys(("operator", "monitor"), (control,))
+    tells["worker"] = (f"{replies}/operator", f"{replies}/monitor", f"{events}/*")
+    for line in render.broker_acl_text(REDIS).splitlines():
+        role = line.split()[1].rpartition(".")[2]
+        found = dict(re.findall(r"\((\+p[a-z +]+) ((?:&\S+ ?)+)\)", line))
+        expected = {"+psubscribe +punsubscribe": hears.get(role), "+publish": tells.get(role)}
+        assert found == {what: " ".join(f"&{name}" for name in names) for what, names in expected.items() if names}
+        assert line.count("&") == sum(names.count("&") for names in found.values())
 
 
 def test_every_key_of_the_broker_is_named_in_full() -> None:
@@ -272,6 +330,82 @@ queues = ["slow"]
     assert "shop.default" not in heavy
     assert "shop:worker" not in heavy
     assert "shop:heavy" not in worker
+
+
+SHOP = """
+application = "shop"
+trust_domain = "shop.test"
+broker = "redis"
+[queues.default]
+[queues.slow]
+[pools.worker]
+queues = ["default", "slow"]
+[callers.client]
+queues = ["default", "slow"]
+sends = ["shop.tasks.*"]
+[callers.pay]
+identity = "spiffe://pay.test/{environment}/pay/worker"
+queues = ["slow"]
+sends = ["shop.tasks.refund"]
+"""
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> topology.Topology:
+    (tmp_path / "topology.toml").write_text(SHOP)
+    return topology.Topology.load(tmp_path / "topology.toml")
+
+
+def test_another_service_has_an_account_for_its_queue_and_its_own_results(shop: topology.Topology) -> None:
+    assert (
+        "user shop.pay on resetpass resetkeys resetchannels -@all +hello +ping (+lpush %W~shop.slow)"
+        in render.broker_acl_text(shop).splitlines()
+    )
+    [line] = [line for line in render.acl_text(shop).splitlines() if line.startswith("user shop.pay ")]
+    own = shop.callers["pay"].identity
+    assert own
+    namespace = replace(own, environment="production").namespace("spiffe://shop.test/production/shop")
+    for key in re.findall(r"[~&]([^ )]+)", line):
+        assert re.fullmatch(rf"shop:celery-task(set)?-meta-{re.escape(namespace)}:\*", key)
+    rules = render.definitions(shop)
+    [permission] = [rule for rule in rules["permissions"] if rule["user"] == "shop.pay"]
+    assert permission == {
+        "user": "shop.pay",
+        "vhost": "shop",
+        "configure": "^$",
+        "write": "^(shop|celery_delayed_27)$",
+        "read": "^$",
+    }
+    keys = {rule["exchange"]: rule["write"] for rule in rules["topic_permissions"] if rule["user"] == "shop.pay"}
+    assert keys == {"shop": r"^shop\.slow$", "celery_delayed_27": r"^([01]\.){28}shop\.slow$"}
+
+
+def test_another_service_gets_to_know_its_own_rights_and_nothing_else(shop: topology.Topology, tmp_path: Path) -> None:
+    text = render.rendered(shop)[render.CONTRACTS / "pay.toml"]
+    assert len(render.rendered(shop)) == 3
+    assert not re.search(r"client|tasks\.\*|default|pools", text)
+    (tmp_path / "pay.toml").write_text(text)
+    known = topology.Topology.load(tmp_path / "pay.toml")
+    assert known == replace(
+        shop,
+        queues=(shop.queue("slow"),),
+        pools=known.pools,
+        callers={"pay": shop.callers["pay"]},
+    )
+
+
+def test_a_contract_that_is_missing_or_old_is_found(shop: topology.Topology, tmp_path: Path) -> None:
+    assert render.main(["--project", str(tmp_path)]) == 0
+    assert render.stale(tmp_path) == []
+    (tmp_path / "topology.toml").write_text(SHOP.replace("tasks.refund", "tasks.return"))
+    assert render.stale(tmp_path) == [render.CONTRACTS / "pay.toml"]
+
+
+def test_the_accounts_of_two_services_fit_into_one_redis(shop: topology.Topology) -> None:
+    """`sort -u` puts two files together: the line of `default`, which the server takes once, is the same in both."""
+    for text in (render.acl_text, render.broker_acl_text):
+        names = [line.split()[1] for line in {*text(shop).splitlines(), *text(REDIS).splitlines()}]
+        assert len(names) == len(set(names))
 
 
 def test_the_committed_files_are_what_the_topology_says() -> None:

@@ -7,7 +7,7 @@ import logging
 import pickle
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.exceptions import EncodeError
 
-from ...project import codec, documents, envelope, errors, ownership, results
+from ...project import codec, envelope, errors, ownership, results
 from ...service import Party, Service
-from . import certificates
+from . import certificates, documents
 
 RESULT = envelope.Type.RESULT
 PREFIX = documents.checksum.name.rpartition(".documents.")[0]
@@ -99,7 +99,7 @@ def _issued(store: Store, role: str, start: int = -120, end: int = 86_400, envir
     authority = store.service.pki.signing
     own = store.service.client.identity
     uri = f"spiffe://{own.trust_domain}/{environment}/{own.application}/{role}"
-    valid = tuple(certificates.NOW + timedelta(seconds=seconds) for seconds in (start, end))
+    valid = tuple(datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=seconds) for seconds in (start, end))
     return certificates.signing(uri, certificates.Pair(authority.key, (authority.root,)), valid=valid).signer
 
 
@@ -465,9 +465,38 @@ def test_a_pools_child_hands_its_parent_an_exception_and_no_stored_form(store: S
 # --- waiting on a channel ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_forged_on_a_channel_is_ignored_and_the_genuine_one_still_comes(store: Store) -> None:
+def _told(backend: results.SignedRedisBackend, result: AsyncResult, published: bytes) -> dict[str, Any]:
+    """What one who waits on a channel is told of a message there; nothing if it is ignored."""
+    waiting, metas = backend.result_consumer, [{}]
+    waiting.on_message = metas.append
+    waiting.on_state_change(waiting._decode_result(published), {"channel": backend.get_key_for_task(result.id)})
+    return metas[-1]
+
+
+def test_of_what_is_refused_on_a_channel_the_stored_value_says_what_it_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = results.SignedRedisBackend(app=store.service.client.app, url="rediss://localhost:1/0")
+    stored = store.service.client.app.backend
+    monkeypatch.setattr(backend, "get", stored.get)
+    mine = store.run(ECHO, "mine")
+    key, genuine = backend.get_key_for_task(mine.id), store.read(mine)
+    assert _told(backend, mine, genuine)["result"] == "mine"
+    assert _told(backend, mine, b"forged")["result"] == "mine"
+    stored.set(key, store.forge(mine, _issued(store, "client")))
+    refused = _told(backend, mine, b"forged")
+    assert (refused["task_id"], refused["status"]) == (mine.id, "FAILURE")
+    assert type(refused["result"]) is errors.ForeignResult
+    stored.delete(key)
+    assert _told(backend, mine, b"forged") == {}
+
+
+def test_what_is_forged_on_a_channel_is_ignored_and_the_genuine_one_still_comes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = results.SignedRedisBackend(app=store.service.client.app, url="rediss://localhost:1/0")
     waiting = backend.result_consumer
+    monkeypatch.setattr(backend, "get", store.service.client.app.backend.get)
     mine, theirs = store.run(ECHO, "mine"), store.run(ECHO, "theirs", party=store.beat)
     genuine = store.read(mine)
     for forged in (

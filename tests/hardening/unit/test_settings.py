@@ -49,6 +49,8 @@ def values(pki: Pki, tmp_path: Path) -> dict[str, Any]:
         "broker_url": f"amqps://127.0.0.1:5671/{own}",
         "result_backend": f"rediss://{own}.client@127.0.0.1:6380/0",
         "result_backend_password_file": _private(tmp_path / "password", PASSWORD.encode() + b"\n"),
+        "replay_store": f"rediss://{own}.client@127.0.0.1:6380/0",
+        "replay_store_password_file": _private(tmp_path / "other-password", PASSWORD.encode() + b"\n"),
         "topology": ROOT / "topology.toml",
         "tls_ca": pki.tls.certificate,
         "tls_certificate": tls.certificate,
@@ -115,7 +117,7 @@ REQUIRED = [name for name, field in Settings.model_fields.items() if field.is_re
 def test_every_setting_without_a_safe_default_is_required() -> None:
     assert set(REQUIRED) == {
         *("broker_url", "result_backend", "result_backend_password_file", "topology"),
-        *("tls_ca", "tls_certificate", "tls_key", "security_key", "security_certificate", "security_cert_store"),
+        *("security_key", "security_certificate", "security_cert_store"),
     }
 
 
@@ -176,6 +178,9 @@ def test_settings_cannot_be_changed_later(values: dict[str, Any], name: str) -> 
         ("result_backend", "db+sqlite:////tmp/x"),
         ("result_backend", "rpc://"),
         ("result_backend", "rediss://user:swordfish@127.0.0.1"),
+        ("replay_store", "redis://127.0.0.1"),
+        ("replay_store", "memory://"),
+        ("replay_store", "rediss://user:swordfish@127.0.0.1"),
     ],
 )
 def test_an_unprotected_address_is_refused(values: dict[str, Any], name: str, url: str) -> None:
@@ -209,7 +214,8 @@ def test_a_redis_brokers_password_comes_from_its_file_and_is_quoted(values: dict
 
 
 def test_another_broker_than_the_topologys_is_refused(values: dict[str, Any]) -> None:
-    refusal = _refused(values, broker_url="rediss://127.0.0.1")
+    account, password = f"{_application()}.client", values["result_backend_password_file"]
+    refusal = _refused(values, broker_url=f"rediss://{account}@127.0.0.1", broker_password_file=password)
     assert (refusal.setting, refusal.code) == ("SECURE_CELERY_BROKER_URL", "config.topology")
 
 
@@ -331,14 +337,17 @@ def test_a_certificate_that_names_nobody_is_refused(values: dict[str, Any], tmp_
     assert "SPIFFE ID" in str(refusal)
 
 
-@pytest.mark.parametrize("window", [(-4, -1), (1, 4)], ids=["expired", "not yet valid"])
+@pytest.mark.parametrize("window", [(0, 4), (60, 64)], ids=["expired", "not yet valid"])
 def test_a_certificate_that_is_not_valid_now_is_refused(
     values: dict[str, Any], pki: Pki, tmp_path: Path, window: tuple[int, int]
 ) -> None:
-    valid = tuple(certificates.NOW + minutes * certificates.HOUR / 60 for minutes in window)
+    start = pki.signing.root.not_valid_before_utc  # some minutes ago
+    valid = tuple(start + minutes * certificates.HOUR / 60 for minutes in window)
     refusal = _refused(_issued(values, pki, tmp_path, valid=valid))
     assert refusal.setting == "SECURE_CELERY_SECURITY_CERTIFICATE"
-    assert "expired or is not valid yet" in refusal.reason
+    assert "had expired, or was not valid yet" in refusal.reason
+    assert f"valid from {valid[0].isoformat()} to {valid[1].isoformat()}" in refusal.reason
+    assert refusal.code == "config.certificate"
 
 
 def test_a_chain_that_no_reader_would_accept_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
@@ -354,7 +363,7 @@ def test_a_topology_of_another_application_is_refused(values: dict[str, Any], pk
 
 
 def test_a_missing_topology_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
-    assert _refused_topology(values, tmp_path / "none.toml").code == "config.topology"
+    assert _refused_topology(values, tmp_path / "none.toml").code == "config.file"
 
 
 def _refused_topology(values: dict[str, Any], path: Path) -> errors.ConfigurationRefused:

@@ -253,3 +253,50 @@ def test_an_anchor_that_everyone_may_replace_is_refused(tmp_path: Path) -> None:
     anchor.chmod(0o666)
     with pytest.raises(errors.ConfigurationRefused, match="every user of this host can replace"):
         trust.Trust.load(tmp_path)
+
+
+@pytest.mark.parametrize("mounted", [False, True], ids=["a folder", "a Kubernetes volume"])
+def test_another_services_ca_names_signers_of_its_own_trust_domain_alone(tmp_path: Path, mounted: bool) -> None:
+    theirs, elsewhere = authority("theirs"), authority("elsewhere")
+    files = {"ca.pem": CA, "shop.test/ca.pem": theirs, "shop.test/intermediate.pem": elsewhere}
+    for name, anchor in files.items():
+        file = tmp_path / "..data" / name if mounted else tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(_pem(anchor))
+        if mounted and not (tmp_path / Path(name).parts[0]).exists():
+            (tmp_path / Path(name).parts[0]).symlink_to(Path("..data") / Path(name).parts[0])
+    store = trust.Trust.load(tmp_path)
+    shop = CLIENT.replace("orders.test", "shop.test")
+    for anchor in (theirs, elsewhere, authority("below", theirs)):
+        assert str(store.certificate(signing(shop, anchor).chain).identity) == shop
+        _untrusted(signing(CLIENT, anchor), store)
+        _untrusted(signing(CLIENT.replace("orders.test", "x.shop.test"), anchor), store)
+    for uri in (CLIENT, shop):  # our own CA is ours to hold responsible
+        assert str(store.certificate(signing(uri, CA).chain).identity) == uri
+    # With the CA among our own, the attack works: it is the folder that stops it.
+    assert str(trust.Trust([CA.leaf, theirs.leaf]).certificate(signing(CLIENT, theirs).chain).identity) == CLIENT
+
+
+def test_a_ca_may_be_trusted_for_several_trust_domains(tmp_path: Path) -> None:
+    for name in ("shop.test", "pay.test", "No.Domain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ca.pem").write_bytes(_pem(CA))
+    store = trust.Trust.load(tmp_path)
+    for name in ("shop.test", "pay.test"):
+        assert store.certificate(signing(CLIENT.replace("orders.test", name), CA).chain)
+    _untrusted(signing(CLIENT, CA), store)
+
+
+def test_the_certificates_of_others_count_too(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_bytes(_pem(CA))
+    (tmp_path / "shop.test").mkdir()
+    (tmp_path / "shop.test" / "ca.pem").write_bytes(_pem(*[CA] * 16))
+    _store_refused(tmp_path, "looks like a bundle of public CAs")
+
+
+def test_what_kubernetes_keeps_beside_its_links_is_not_counted(tmp_path: Path) -> None:
+    (tmp_path / "..data").mkdir()
+    for number in range(9):
+        (tmp_path / "..data" / f"{number}.pem").write_bytes(_pem(CA))
+        (tmp_path / f"{number}.pem").symlink_to(Path("..data") / f"{number}.pem")
+    assert trust.Trust.load(tmp_path).certificate(signing(CLIENT, CA).chain)
