@@ -43,10 +43,11 @@ TAKEN = frozenset(
     stack attacks tests test tools src hardening cookiecutter
     celery kombu amqp billiard vine redis cryptography cffi pydantic pydantic_core pydantic_settings dotenv
     click click_didyoumean click_plugins click_repl prompt_toolkit wcwidth dateutil six tzdata tzlocal
-    async_timeout annotated_types typing_extensions typing_inspection packaging pycparser
+    async_timeout annotated_types typing_extensions typing_inspection packaging urllib3 pycparser
     py pytest pytest_timeout pluggy iniconfig pygments hypothesis sortedcontainers
     ruff mypy mypyc mypy_extensions pathspec librt uv tomlkit
     ast_serialize django asgiref sqlparse jwt joserfc pip setuptools wheel pkg_resources
+    flower tornado humanize pytz prometheus_client
     """.split()
 )
 
@@ -106,6 +107,9 @@ class Answers(Extension):
         """Register the filters."""
         super().__init__(environment)
         environment.filters.update(checked=checked, toml=toml, markdown=markdown)
+        # `cruft update` generates the old and the new version in one process: the new one needs its own filters and
+        # rules, and Jinja would find this module, already imported.
+        sys.modules.pop(__name__, None)
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
         """Refuse what is not a file and holds other expressions than this template's own."""

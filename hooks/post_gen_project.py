@@ -15,14 +15,45 @@ ANSWERS = json.loads({{cookiecutter | jsonify | jsonify}})
 PARTS = {
     "broker": {
         "rabbitmq": {
+            "compose.rabbitmq.yaml": "compose.yaml",
             "deploy/rabbitmq": "deploy/rabbitmq",
-            "tests/live/test_attacks.py": "tests/live/test_attacks.py",
+            "deploy/kubernetes/components/keda": "deploy/kubernetes/components/keda",
         },
         "redis": {
+            "compose.redis.yaml": "compose.yaml",
             "deploy/redis/broker.acl": "deploy/redis/broker.acl",
             "deploy/redis/broker.conf": "deploy/redis/broker.conf",
             "deploy/redis/broker.md": "deploy/redis/broker.md",
         },
+    },
+    "kubernetes": {
+        "yes": {
+            "deploy/kubernetes": "deploy/kubernetes",
+            "deploy/rabbitmq/kustomization.yaml": "deploy/rabbitmq/kustomization.yaml",
+            "deploy/redis/kustomization.yaml": "deploy/redis/kustomization.yaml",
+            "tools/kubernetes.py": "tools/kubernetes.py",
+        },
+        "no": {},
+    },
+    "ci": {
+        "github": {".github": ".github"},
+        "gitlab": {".gitlab": ".gitlab", ".gitlab-ci.yml": ".gitlab-ci.yml", "renovate.json": "renovate.json"},
+    },
+    "flower": {
+        "basic": {
+            "deploy/kubernetes/components/flower": "deploy/kubernetes/components/flower",
+            "requirements/flower.in": "requirements/flower.in",
+            "requirements/flower.txt": "requirements/flower.txt",
+            "src/{{cookiecutter.package_name}}/flower.py": "src/{{cookiecutter.package_name}}/flower.py",
+        },
+        "oidc": {
+            "deploy/kubernetes/components/flower": "deploy/kubernetes/components/flower",
+            "deploy/oauth2-proxy": "deploy/oauth2-proxy",
+            "requirements/flower.in": "requirements/flower.in",
+            "requirements/flower.txt": "requirements/flower.txt",
+            "src/{{cookiecutter.package_name}}/flower.py": "src/{{cookiecutter.package_name}}/flower.py",
+        },
+        "none": {},
     },
     "licence": {
         "MIT": {"LICENSE.mit": "LICENSE"},
@@ -33,12 +64,12 @@ PARTS = {
 }
 
 for question, choices in PARTS.items():
-    for answer, paths in choices.items():
-        for source, target in paths.items():
-            path = Path(source)
-            if answer == ANSWERS[question]:
-                path.rename(target)
-            elif path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    chosen = choices[ANSWERS[question]]
+    for path in {Path(source) for paths in choices.values() for source in paths if source not in chosen}:
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():  # else another answer has dropped its folder
+            path.unlink()
+    for source, target in chosen.items():
+        if Path(source).exists():
+            Path(source).rename(target)

@@ -1,33 +1,63 @@
-"""Writes the README's attack table from ``reports/attacks.json``, which ``make demo`` leaves: ``make table``."""
+"""Attacks a project of each broker and writes the README's attack table from their reports: ``make table``."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from .baking import TEMPLATE
+from .baking import TEMPLATE, bake_again, workshop
 
 README = TEMPLATE / "README.md"
-REPORT = TEMPLATE / "reports" / "attacks.json"
 BEGIN, END = "<!-- attacks -->", "<!-- /attacks -->"
+BROKERS = {"rabbitmq": "RabbitMQ", "redis": "Redis"}
+NO_SUCH_THING = "·"
 
 
 def table(report: list[dict[str, Any]]) -> str:
-    """Return the report as Markdown, and one sentence that counts."""
-    rows = [f"| {row['id']} | {row['title']} | {row['assumes']} | {row['stock']} | {row['ours']} |" for row in report]
-    fallen = {target: sum(row[target] == "succeeded" for row in report) for target in ("stock", "ours")}
+    """Return the rows of all brokers' reports as Markdown: a sentence that counts, the table, what stock withstands."""
+    rows = {(row["id"], row["broker"]): row for row in report}
+    first = {row["id"]: row for row in reversed(report)}
+    ids = _merged([[row["id"] for row in report if row["broker"] == broker] for broker in BROKERS])
+    columns = [(broker, target) for target in ("stock", "ours") for broker in BROKERS]
+
+    def outcome(id: str, broker: str, target: str) -> str:
+        return str(rows[id, broker][target]) if (id, broker) in rows else NO_SUCH_THING
+
+    def counted(broker: str) -> str:
+        of = [row for row in report if row["broker"] == broker]
+        fallen = {target: sum(row[target] == "succeeded" for row in of) for target in ("stock", "ours")}
+        return f"over {BROKERS[broker]}, {fallen['stock']} of {len(of)} succeed on stock and {fallen['ours']} on ours"
+
+    cells = [
+        ["id", "the attacker's goal", "needs", *(f"{target}, {BROKERS[broker]}" for broker, target in columns)],
+        ["---"] * (3 + len(columns)),
+        *([id, first[id]["title"], first[id]["assumes"], *(outcome(id, *column) for column in columns)] for id in ids),
+    ]
+    withstood = "; ".join(f"{id}, because {first[id]['withstood']}" for id in ids if "withstood" in first[id])
     return "\n".join(
         (
-            f"{len(report)} attacks: {fallen['stock']} succeed on stock Celery, "
-            f"{fallen['ours']} on a generated project.",
+            f"{len(ids)} attacks on stock Celery and on a generated project: {'; '.join(map(counted, BROKERS))}.",
             "",
-            "| id | the attacker's goal | needs | stock | ours |",
-            "|---|---|---|---|---|",
-            *rows,
+            *(f"| {' | '.join(row)} |" for row in cells),
+            "",
+            f"`{NO_SUCH_THING}`: there is no such thing over that broker. Stock Celery withstands {withstood}.",
         )
     )
+
+
+def _merged(orders: list[list[str]]) -> list[str]:
+    """Return what is in any of the orders, each behind what it is behind in its own."""
+    merged: list[str] = []
+    for order in orders:
+        place = 0
+        for one in order:
+            if one not in merged:
+                merged.insert(place, one)
+            place = merged.index(one) + 1
+    return merged
 
 
 def shown(readme: Path = README) -> str:
@@ -35,13 +65,20 @@ def shown(readme: Path = README) -> str:
     return readme.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
 
 
+def attacked(broker: str, folder: str) -> list[dict[str, Any]]:
+    """Return the report of a project with this broker; its environment stays in ``build/<folder>``."""
+    with workshop(folder) as place:
+        project = bake_again(place, {"broker": broker})
+        subprocess.run(["make", "--no-print-directory", "attack"], cwd=project, check=True)
+        rows: list[dict[str, Any]] = json.loads((project / "reports" / "attacks.json").read_text(encoding="utf-8"))
+        return rows
+
+
 def main() -> int:
-    """Write the table."""
-    text = README.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    written = table(json.loads(REPORT.read_text(encoding="utf-8")))
-    README.write_text(f"{head}{BEGIN}\n{written}\n{END}{tail}", encoding="utf-8")
+    """Attack, and write the table."""
+    written = table([*attacked("rabbitmq", "test"), *attacked("redis", "test-redis")])
+    head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    README.write_text(f"{head}{BEGIN}\n{written}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     return 0
 
 

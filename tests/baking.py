@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from cookiecutter.main import cookiecutter
 TEMPLATE = Path(__file__).resolve().parent.parent
 PROJECT = TEMPLATE / "{{cookiecutter.project_slug}}"
 HARDENING = TEMPLATE / "tests" / "hardening"
+ENVIRONMENTS = (".venv", ".venv-tools")
 LICENCES = ("MIT", "Apache-2.0", "BSD-3-Clause", "Proprietary")
 LONG = {
     "project_name": "The quite remarkably long and winding name of a service 2026",
@@ -24,7 +26,7 @@ LONG = {
 }
 # What working in the template leaves behind; it is in no clone and no zip.
 LEFTOVERS = shutil.ignore_patterns(
-    "__pycache__", ".*_cache", ".venv", ".hypothesis", ".stack*", "reports", "build", ".git"
+    "__pycache__", ".*_cache", ".venv*", ".hypothesis", ".stack*", "reports", "build", ".git"
 )
 
 
@@ -75,21 +77,43 @@ def workshop(name: str) -> Iterator[Path]:
 
 
 def bake_again(workshop: Path, answers: Mapping[str, str] | None = None) -> Path:
-    """Bake a project where an earlier one may be; end its stack and keep only its environment.
+    """Bake a project where an earlier one may be; end its stack and keep only its environments.
 
     Its tests get those of the hardening layer, which are the template's.
     """
     project = workshop / "my-service"
-    environment = workshop / "venv"
     if (project / ".stack").is_dir():
         subprocess.run(["make", "down"], cwd=project, check=True)
-    if (project / ".venv").is_dir():
-        shutil.rmtree(environment, ignore_errors=True)
-        (project / ".venv").rename(environment)
+    for environment in ENVIRONMENTS:
+        if (project / environment).is_dir():
+            shutil.rmtree(workshop / environment, ignore_errors=True)
+            (project / environment).rename(workshop / environment)
     shutil.rmtree(project, ignore_errors=True)
     project = bake(workshop, answers=answers, own=workshop / "cookiecutter")
-    if environment.is_dir():
-        environment.rename(project / ".venv")
+    for environment in ENVIRONMENTS:
+        if (workshop / environment).is_dir():
+            (workshop / environment).rename(project / environment)
     shutil.copytree(HARDENING, project / "tests" / HARDENING.name, ignore=LEFTOVERS)
     shutil.copytree(TEMPLATE / "docs", project / "docs", dirs_exist_ok=True)  # tested to the letter
     return project
+
+
+def environment(name: str) -> Path:
+    """Make ``build/venv-NAME``, an environment with what ``requirements/tools/NAME.txt`` locks, unless it is there."""
+    folder, lock = TEMPLATE / "build" / f"venv-{name}", TEMPLATE / "requirements" / "tools" / f"{name}.txt"
+    folder.parent.mkdir(exist_ok=True)
+    subprocess.run([sys.executable, PROJECT / "tools" / "venv.py", folder, lock], cwd=TEMPLATE, check=True)
+    return folder
+
+
+def published(template: Path, folder: Path) -> dict[str, list[str]]:
+    """Give the template as a zip, and as a tag of a bare repository in which it is broken since."""
+    clean = Path(shutil.copytree(template, folder / "clean" / "secure-celery"))
+    archive = shutil.make_archive(str(folder / "template"), "zip", clean.parent, clean.name)
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "Begin"], ["tag", "v1"]):
+        subprocess.run(["git", *identity, *arguments], cwd=clean, check=True)
+    (clean / "cookiecutter.json").unlink()
+    subprocess.run(["git", *identity, "commit", "--quiet", "--all", "-m", "Break it"], cwd=clean, check=True)
+    subprocess.run(["git", "clone", "--quiet", "--bare", clean, folder / "template.git"], check=True)
+    return {"zip": [archive], "repository": [f"file://{folder}/template.git", "--checkout", "v1"]}

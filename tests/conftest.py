@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .baking import LEFTOVERS, LONG, TEMPLATE, bake, bake_again, workshop
+from .baking import LEFTOVERS, LONG, TEMPLATE, bake, bake_again, environment, workshop
+from .kubernetes import Build, Manifests
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +48,29 @@ def project() -> Iterator[Path]:
     """Bake the default project where its stack's unprivileged user can reach it."""
     with workshop("test") as folder:
         yield bake_again(folder)
+
+
+@pytest.fixture(scope="session")
+def tools() -> Path:
+    """Install what is locked in ``requirements/tools/ci.txt``, apart from the rest; give the folder of its programs."""
+    return environment("ci") / "bin"
+
+
+@pytest.fixture(scope="session")
+def kubernetes_tools() -> Path:
+    """Install what is locked in ``requirements/tools/kubernetes.txt``, apart from the rest; give its folder."""
+    return environment("kubernetes") / "bin"
+
+
+@pytest.fixture(scope="session")
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Build manifests, each combination once."""
+    known: dict[tuple[str, ...], Manifests] = {}
+
+    def get(tree: str, overlay: str, *components: str) -> Manifests:
+        key = (tree, overlay, *components)
+        if key not in known:
+            known[key] = Manifests(request.getfixturevalue(tree), tmp_path_factory.mktemp("kustomize"), *key[1:])
+        return known[key]
+
+    return get

@@ -185,14 +185,37 @@ def test_locks_install_on_every_python(interpreter: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_a_service_needs_no_more_than_what_it_runs_with(default: Path, tmp_path: Path) -> None:
+    """What only a developer's environment has is not there in an image."""
+    environment = tmp_path / "venv"
+    lock = default / "requirements" / "run.txt"
+    subprocess.run([sys.executable, default / "tools" / "venv.py", environment, lock], check=True, capture_output=True)
+    package = next((default / "src").iterdir())
+    # The application reads its settings when it is imported, which the others need not.
+    modules = [path for path in package.rglob("*.py") if path.parent.name == "hardening"]
+    names = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in modules]
+    imports = "".join(f"import {name}\n" for name in names)
+    done = subprocess.run(
+        [environment / "bin/python", "-B", "-c", imports],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(default / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert names
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.exhaustive
 def test_locks_are_what_their_sources_say(template: Path) -> None:
     """``make lock`` keeps pins that fit, so without a change of a source it changes nothing."""
     (template / ".venv").symlink_to(TEMPLATE / ".venv")
-    locks = {path: path.read_text() for path in template.rglob("requirements/*.txt")}
+    locks = {path: path.read_text() for path in template.rglob("requirements/**/*.txt")}
     try:
         subprocess.run(["make", "lock"], cwd=template, check=True)
     finally:
         (template / ".venv").unlink()
     assert {path: path.read_text() for path in locks} == locks
-    assert len(locks) == 3
+    assert len(locks) == 6

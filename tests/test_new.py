@@ -23,8 +23,14 @@ def fresh(template: Path, tmp_path: Path) -> Path:
     return bake(tmp_path / "project", template)
 
 
+SHOP = "spiffe://shop.test/{environment}/shop/worker"
+FOREIGN = ["caller", "shop", "--identity", SHOP, "--sends", "my_service.tasks.weigh.weigh"]
+
+
 def test_what_is_new_passes_the_projects_own_checks(fresh: Path) -> None:
-    for what in (["task", "weigh"], ["queue", "slow-one"], ["caller", "web"], ["queue", "third"]):
+    rules = fresh / "topology.toml"
+    rules.write_text(rules.read_text(encoding="utf-8").replace("broker =", 'trust_domain = "my.test"\nbroker =', 1))
+    for what in (["task", "weigh"], ["queue", "slow-one"], ["caller", "web"], ["queue", "third"], FOREIGN):
         done = new(fresh, *what)
         assert done.returncode == 0, done.stderr
         written = [line.removeprefix("wrote ") for line in done.stdout.splitlines() if line.startswith("wrote ")]
@@ -33,6 +39,10 @@ def test_what_is_new_passes_the_projects_own_checks(fresh: Path) -> None:
     topology = (fresh / "topology.toml").read_text(encoding="utf-8")
     assert "[queues.default]\n\n[queues.slow-one]\n\n[queues.third]\n" in topology
     assert "# A pool consumes `queues`." in topology
+    assert SHOP in topology
+    contract = (fresh / "deploy/callers/shop.toml").read_text(encoding="utf-8")
+    assert "my_service.tasks.weigh.weigh" in contract
+    assert "web" not in contract
     assert "my-service.web" in (fresh / "deploy/rabbitmq/definitions.json").read_text(encoding="utf-8")
     check(fresh, "ruff", "format", "--check", ".")
     check(fresh, "ruff", "check", ".")
@@ -43,7 +53,7 @@ def test_what_is_new_passes_the_projects_own_checks(fresh: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["task", "documents"], "exists already"),
+        (["task", "thumbnail"], "exists already"),
         (["task", "Weigh"], "is no module name"),
         (["task", "../weigh"], "is no module name"),
         (["queue", "default"], "has a queue 'default' already"),
@@ -52,6 +62,10 @@ def test_what_is_new_passes_the_projects_own_checks(fresh: Path) -> None:
         (["queue", "slow", "--pool", "none"], "has no worker pool"),
         (["caller", "client"], "has a caller 'client' already"),
         (["caller", "worker"], "share an account"),
+        (FOREIGN, "trust_domain"),
+        (FOREIGN[:4], "name the tasks"),
+        (["caller", "shop", "--identity", "spiffe://*/*/shop/worker", "--sends", "x"], "callers.shop.identity"),
+        (["caller", "beat-2", "--sends", "*"], "starts with a wildcard"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(

@@ -38,8 +38,11 @@ def test_a_choice_keeps_its_parts_and_drops_all_others(
     question: str, answer: str, template: Path, tmp_path: Path
 ) -> None:
     project = bake(tmp_path / "out", template, {question: answer})
-    for choice, paths in parts()[question].items():
-        for source, target in paths.items():
+    package = next((project / "src").iterdir()).name
+    chosen = parts()[question][answer].values()
+    assert all((project / target.replace("{{cookiecutter.package_name}}", package)).exists() for target in chosen)
+    for paths in parts()[question].values():
+        for source in paths:
             assert (PROJECT / source).exists()
-            assert not (project / source).exists() or (choice == answer and source == target)
-            assert choice != answer or (project / target).exists()
+            there = (project / source.replace("{{cookiecutter.package_name}}", package)).exists()
+            assert there == (source in chosen)

@@ -1,0 +1,1 @@
+"""What each layer costs, beside stock Celery: ``make bench``."""

@@ -1,0 +1,1 @@
+"""Celery's own integration tests against a hardened application, beside stock Celery: ``make celery-suite``."""

@@ -1,0 +1,1 @@
+"""The controls, each with what builds it and what proves it: the source of docs/controls.md."""

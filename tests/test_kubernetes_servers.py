@@ -1,0 +1,399 @@
+"""The manifests at work: who reaches whom, accounts, certificates, what starts with them, the page (K8S-1, K8S-4)."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .baking import TEMPLATE
+from .kubernetes import (
+    ALL,
+    BROKERS,
+    COMPONENTS,
+    OVERLAYS,
+    Build,
+    Manifests,
+    Object,
+    reachability,
+    run,
+)
+
+# Network
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tree"), [("RabbitMQ", "default"), ("Redis", "redis"), ("managed", "default")])
+def test_who_reaches_whom_is_what_was_agreed(
+    name: str, tree: str, request: pytest.FixtureRequest, kubernetes_tools: Path, tmp_path: Path
+) -> None:
+    manifests = reachability.built(name, request.getfixturevalue(tree), tmp_path / "built")
+    computed = reachability.edges(kubernetes_tools / "nca", manifests.objects)
+    assert reachability.table(computed) == reachability.golden(name), f"now:\n{reachability.table(computed)}"
+    own = {name for name, _ in manifests.pods}
+    # Said once more in words: who leaves for anywhere, who is reached from elsewhere.
+    assert not [pair for pair in computed if reachability.OUTSIDE in pair or {"stranger", "neighbour"} & {*pair}]
+    callers = {"worker", "beat", "flower", "client"}
+    entered = {(a, b) for a, b in computed if b in own | {"broker-0", "broker-1"}}
+    assert {a for a, b in entered if b == "results"} <= callers
+    assert {b for _, b in entered} <= {"broker", "broker-0", "broker-1", "results", "flower"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", BROKERS.values())
+def test_every_policy_is_needed(
+    tree: str, request: pytest.FixtureRequest, kubernetes_tools: Path, tmp_path: Path
+) -> None:
+    manifests = reachability.built("", request.getfixturevalue(tree), tmp_path / "built")
+    before = reachability.edges(kubernetes_tools / "nca", manifests.objects)
+    policies = manifests.of("NetworkPolicy")
+    assert len(policies) >= 7
+    for policy in policies:
+        rest = [each for each in manifests.objects if each is not policy]
+        assert reachability.edges(kubernetes_tools / "nca", rest) != before, policy["metadata"]["name"]
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    """Listen on loopback; give the port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_the_probe_fails_when_what_is_forbidden_works(build: Build, listener: int) -> None:
+    for tree, broker in (("default", "broker:5671"), ("redis", "broker:6379")):
+        manifests = build(tree, "prod")
+        job = manifests.one("CronJob", "firewall-probe")["spec"]["jobTemplate"]["spec"]
+        assert job["backoffLimit"] == 0
+        (container,) = job["template"]["spec"]["containers"]
+        assert container["args"] == ["kubernetes.default.svc:443", broker, "results:6379"]
+        program = [sys.executable, *container["command"][1:]]
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            closed = other.getsockname()[1]
+        assert run(*program, f"127.0.0.1:{closed}").returncode == 0
+        opened = run(*program, f"127.0.0.1:{closed}", f"127.0.0.1:{listener}")
+        assert (opened.returncode, opened.stderr.count("FORBIDDEN")) == (1, 1), opened
+        assert "cannot tell" in run(*program, "nowhere.invalid:443").stderr
+    managed = build("default", "prod", "managed").one("CronJob", "firewall-probe")
+    assert len(managed["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]) == 1
+
+
+# Accounts
+
+
+@pytest.fixture
+def library(default: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Import the default project's own modules."""
+    monkeypatch.syspath_prepend(str(default / "src"))
+    monkeypatch.syspath_prepend(str(default))
+    return importlib.import_module
+
+
+def config_map(manifests: Manifests, name: str) -> dict[str, str]:
+    """The data of the map of that name, whatever hash it ends with."""
+    (found,) = (
+        each
+        for each in manifests.of("ConfigMap")
+        if re.fullmatch(rf"{name}(-[a-z0-9]{{10}})?", each["metadata"]["name"])
+    )
+    return dict(found["data"])
+
+
+def test_cluster_and_local_stack_have_the_same_accounts_and_rights(
+    build: Build, default: Path, redis: Path, library: Callable[[str], Any]
+) -> None:
+    render = library("my_service.hardening.render")
+    for tree, project in (("default", default), ("redis", redis)):
+        topology = render.Topology.load(project / "topology.toml")
+        for overlay in OVERLAYS:
+            manifests = build(tree, overlay)
+            assert config_map(manifests, "results") == {
+                "redis.conf": (project / "deploy/redis/redis.conf").read_text(encoding="utf-8"),
+                "users.acl": render.acl_text(topology),
+            }
+            if tree == "redis":
+                assert config_map(manifests, "broker") == {
+                    "redis.conf": (project / "deploy/redis/broker.conf").read_text(encoding="utf-8"),
+                    "broker.acl": render.broker_acl_text(topology),
+                }
+            else:
+                assert config_map(manifests, "broker") == {
+                    "rabbitmq.conf": (project / "deploy/rabbitmq/rabbitmq.conf").read_text(encoding="utf-8"),
+                    "definitions.json": render.definitions_text(topology),
+                }
+            clients = [each for each in manifests.of("Certificate") if "-" in each["metadata"]["name"]]
+            names = {each["spec"]["commonName"] for each in clients if each["metadata"]["name"].startswith("tls-")}
+            assert names == {"tls CA"} | {topology.account(role) for role in topology.accounts}
+
+
+def test_the_broker_differs_from_the_local_one_in_addresses_and_paths_alone(build: Build, default: Path) -> None:
+    manifests = build("default", "prod")
+    changed = dict(line.split(" = ") for line in config_map(manifests, "broker-cluster")["cluster.conf"].splitlines())
+    ours = dict(
+        re.split(r"\s*=\s*", line, maxsplit=1)
+        for line in (default / "deploy/rabbitmq/rabbitmq.conf").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    )
+    assert changed.keys() <= ours.keys()
+    assert changed.keys() == {
+        *("listeners.ssl.default", "distribution.listener.interface"),
+        *("ssl_options.cacertfile", "ssl_options.certfile", "ssl_options.keyfile"),
+    }
+    spec = manifests.one("RabbitmqCluster", "broker")["spec"]
+    assert spec["tls"]["disableNonTLSListeners"] is True
+    assert spec["rabbitmq"]["additionalConfig"].strip() == "auth_mechanisms.1 = EXTERNAL"  # of the operator's own two
+    mounts = spec["override"]["statefulSet"]["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    files = {mount["mountPath"]: mount["subPath"] for mount in mounts}
+    assert files["/etc/rabbitmq/definitions.json"] == "definitions.json" == ours["load_definitions"].split("/")[-1]
+    # Later files win: the operator's end with 90.
+    assert sorted(path.split("/")[-1] for path in files if "conf.d" in path) == ["95-service.conf", "96-cluster.conf"]
+    plugins = (default / "deploy/rabbitmq/enabled_plugins").read_text(encoding="utf-8")
+    assert plugins.strip() == f"[{','.join(spec['rabbitmq']['additionalPlugins'])}]."
+    advanced = (default / "deploy/rabbitmq/advanced.config").read_text(encoding="utf-8")
+    lines = [line for line in advanced.splitlines() if not line.startswith("%%")]
+    assert "".join("".join(lines).split()) == "".join(spec["rabbitmq"]["advancedConfig"].split())
+    nodes = config_map(manifests, "broker-cluster")["nodes.config"]
+    assert nodes.count("verify_peer") == 2
+    assert "{fail_if_no_peer_cert, true}" in nodes
+
+
+def test_two_authorities_issue_what_each_role_needs(build: Build, library: Callable[[str], Any], default: Path) -> None:
+    identities = library("my_service.hardening.identity")
+    topology = library("my_service.hardening.topology").Topology.load(default / "topology.toml")
+    for overlay, environ in (("dev", "development"), ("prod", "production")):
+        manifests = build("default", overlay)
+        certificates = {each["metadata"]["name"]: each["spec"] for each in manifests.of("Certificate")}
+        issuers = {each["metadata"]["name"]: each["spec"] for each in manifests.of("Issuer")}
+        assert issuers["tls"]["ca"]["secretName"] != issuers["signing"]["ca"]["secretName"]
+        assert all(certificates[f"{name}-ca"]["isCA"] for name in ("tls", "signing"))
+        for role, stanza in topology.accounts.items():
+            client, signer = certificates[f"tls-{role}"], certificates[f"signing-{role}"]
+            assert (client["issuerRef"]["name"], signer["issuerRef"]["name"]) == ("tls", "signing")
+            assert client["usages"] == ["digital signature", "client auth"]
+            assert signer["usages"] == ["digital signature"]
+            (uri,) = signer["uris"]
+            own = identities.Identity.parse(uri)
+            assert own.environment == environ
+            assert topology.stanza(own, own) == stanza
+        namespace = manifests.of("Namespace")[0]["metadata"]["name"]
+        for name in ("broker", "results"):
+            assert certificates[f"server-{name}"]["dnsNames"][:2] == [name, f"{name}.{namespace}.svc"]
+        assert certificates["server-broker"]["dnsNames"][2] == f"*.broker-nodes.{namespace}"
+
+
+MOUNT = "/run/credentials"
+
+
+def put(pod: Object, folder: Path, contents: Callable[[str, str], str | None]) -> None:
+    """Write a projected volume's files to where its mount would be."""
+    (volume,) = (each for each in pod["volumes"] if "projected" in each)
+    for source in volume["projected"]["sources"]:
+        ((_, given),) = source.items()
+        for item in given["items"]:
+            content = contents(given["name"], item["key"])
+            if content is None:
+                assert given.get("optional"), given["name"]
+                continue
+            file = folder / item["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content, encoding="utf-8")
+            file.chmod(0o600)
+
+
+@pytest.mark.parametrize("servers", ["servers", "managed"])
+@pytest.mark.parametrize("broker", BROKERS)
+def test_each_pod_accepts_its_settings(
+    build: Build,
+    request: pytest.FixtureRequest,
+    library: Callable[[str], Any],
+    tmp_path: Path,
+    broker: str,
+    servers: str,
+) -> None:
+    """With files where they are mounted, and what cert-manager would issue: the service's own checks."""
+    tree = BROKERS[broker]
+    project: Path = request.getfixturevalue(tree)
+    manifests = build(tree, "prod", "flower", *(("managed",) if servers == "managed" else ()))
+    account = library("stack.account").Account.unprivileged()
+    pki = library("stack.pki").Pki(tmp_path / "pki", account)
+    issued: dict[str, Any] = {}
+    for each in manifests.of("Certificate"):
+        name, spec = each["metadata"]["name"], each["spec"]
+        if name.startswith("tls-") and not spec.get("isCA"):
+            issued[name] = pki.tls.client(spec["commonName"]), pki.tls.certificate
+        elif name.startswith("signing-") and not spec.get("isCA"):
+            issued[name] = pki.signing.signer(spec["commonName"], spec["uris"][0]), pki.signing.certificate
+        elif name.startswith("server-"):
+            issued[name] = pki.tls.server(name, tuple(spec["dnsNames"][:2])), pki.tls.certificate
+
+    def contents(secret: str, key: str) -> str | None:
+        if secret in issued:
+            pair, ca = issued[secret]
+            return str({"tls.crt": pair.certificate, "tls.key": pair.key, "ca.crt": ca}[key].read_text())
+        made = {"results-passwords", "flower-password"}
+        made |= {"broker-passwords"} if broker == "redis" or servers == "managed" else set()
+        return "a password" if secret in made else None
+
+    for name in ("worker", "beat", "flower"):
+        (pod,) = (pod["spec"] for found, pod in manifests.pods if found == name)
+        put(pod, tmp_path / name, contents)
+        variables = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        given = {
+            key: value.replace("$(ACCOUNT)", variables["ACCOUNT"]).replace(MOUNT, str(tmp_path / name))
+            for key, value in variables.items()
+        }
+        given |= {"PYTHONPATH": str(project / "src"), "SECURE_CELERY_TOPOLOGY": str(project / "topology.toml")}
+        code = (
+            "from my_service.settings import Settings; s = Settings(); "
+            "s.read_topology(), s.broker_tls, s.result_backend_tls; "
+            "s.result_backend_url(); s.broker_address(); print(*{*s.weakenings}, sep='\\n'); "
+            "print(*Settings.model_fields, file=__import__('sys').stderr)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-B", "-c", code], env=given, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        weaker = {line.partition(":")[0] for line in done.stdout.split("\n") if line}
+        assert weaker == (
+            {f"{place}_{choice}" for place in ("broker", "result_backend") for choice in ("auth=password", "ca=system")}
+            if servers == "managed"
+            else set()
+        )
+        known = {f"SECURE_CELERY_{field.upper()}" for field in done.stderr.split()} | {"ACCOUNT"}
+        assert {key for key in variables if "_FLOWER_" not in key} <= known
+        if name == "worker":
+            assert {"SECURE_CELERY_REPLAY_STORE", "SECURE_CELERY_REPLAY_STORE_PASSWORD_FILE"} <= variables.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["results", "broker"])
+def test_redis_as_the_cluster_starts_it_knows_each_account_by_its_password(
+    build: Build, library: Callable[[str], Any], redis: Path, tmp_path: Path, server: str
+) -> None:
+    """The very commands of the manifest, with other paths, a real server and real logins."""
+    library("stack.install").require_servers("redis-server")
+    client = importlib.import_module("redis")
+    manifests = build("redis", "prod")
+    pod = manifests.one("StatefulSet", server)["spec"]["template"]["spec"]
+    folders = {
+        path: tmp_path / path.strip("/").replace("/", "-")
+        for path in ("/rendered", "/passwords", "/etc/redis", "/data")
+    }
+    for folder in folders.values():
+        folder.mkdir()
+
+    def moved(text: str) -> str:
+        for path, folder in folders.items():
+            text = re.sub(rf"(?<![\w/]){path}(?![\w.])", str(folder), text)
+        return text
+
+    for name, text in config_map(manifests, server).items():
+        (folders["/rendered"] / name).write_text(moved(text), encoding="utf-8")
+    for role in ("worker", "client", "monitor"):
+        (folders["/passwords"] / role).write_text(f"the {role}'s own\n", encoding="utf-8")
+    (accounts,) = pod["initContainers"]
+    subprocess.run([moved(part) for part in accounts["command"]], check=True)
+    pki = library("stack.pki").Pki(tmp_path / "pki", library("stack.account").Account.unprivileged())
+    pair = pki.tls.server("server", ("127.0.0.1",))
+    for source, name in ((pki.tls.certificate, "ca"), (pair.certificate, "server"), (pair.key, "server-key")):
+        shutil.copy(source, folders["/etc/redis"] / "tls" / f"{name}.pem")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    addresses = {"*": "127.0.0.1", "-::*": "-::1"}
+    command = [addresses.get(part, moved(part)) for part in pod["containers"][0]["command"]]
+    own = pki.tls.client("my-service.worker")
+
+    def login(user: str, password: str) -> bool:
+        connection = client.Redis(
+            *("127.0.0.1", port),
+            username=user,
+            password=password,
+            ssl=True,
+            ssl_ca_certs=str(pki.tls.certificate),
+            ssl_certfile=str(own.certificate),
+            ssl_keyfile=str(own.key),
+        )
+        return bool(connection.ping())
+
+    process = subprocess.Popen([*command, "--tls-port", str(port)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "Ready to accept connections" in line:
+                break
+        assert "Ready to accept connections" in said, said
+        assert login("my-service.worker", "the worker's own")
+        assert login("my-service.client", "the client's own")
+        for user, password in (
+            ("my-service.worker", "the client's own"),
+            ("my-service.beat", ""),
+            ("my-service.beat", "resetpass"),
+            ("default", "the worker's own"),
+        ):
+            with pytest.raises(client.AuthenticationError):
+                login(user, password)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+# The documentation
+
+
+PAGE = TEMPLATE / "docs" / "kubernetes.md"
+
+
+def test_each_command_of_the_page_is_about_what_there_is(build: Build, default: Path) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    commands = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    manifests = build("default", "prod", *ALL)
+    names = {f"{each['kind'].lower()}/{each['metadata']['name']}" for each in manifests.objects}
+    for path in re.findall(r"(?<![\w/])deploy/[\w./-]*\w", text):
+        assert (default / path).exists(), path
+    for namespace in re.findall(r"(?:-n|--namespace)[ =](\S+)", commands):
+        assert namespace == "my-service"
+    named = re.findall(r"\b(deployment|statefulset|cronjob|certificate|rabbitmqcluster|namespace)/([\w-]+)", commands)
+    assert len(named) >= 5
+    assert {f"{kind}/{name}" for kind, name in named} <= names
+    # What pods mount and nobody issues is made on the page.
+    issued = {each["spec"]["secretName"] for each in manifests.of("Certificate")}
+    mounted = {
+        source["secret"]["name"]
+        for _, pod in manifests.pods
+        for volume in pod["spec"].get("volumes", ())
+        for source in volume.get("projected", {}).get("sources", ())
+        if "secret" in source and not source["secret"].get("optional")
+    }
+    assert mounted - issued == {*re.findall(r"create secret generic (\S+)", commands)}
+    for component in COMPONENTS:
+        assert f"`{component}`" in text, component
+    assert len(re.findall(r"^## \d+\. ", text, re.MULTILINE)) == 10
+
+
+def test_the_picture_shows_what_the_policies_allow() -> None:
+    (picture,) = re.findall(r"```mermaid\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    nodes = {name: label.split(", ") for name, label in re.findall(r'(\w+)\["(.+?)"\]', picture)}
+    drawn = {
+        (a, b, ports)
+        for source, ports, target in re.findall(r"(\w+) -->\|(.+?)\| (\w+)", picture)
+        for a in nodes[source]
+        for b in nodes[target]
+    }
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in reachability.golden("RabbitMQ").splitlines()]
+    agreed = {
+        (re.sub(r"-\d$", "", line[0]), re.sub(r"-\d$", "", column), cell)
+        for line in lines[2:]
+        for column, cell in zip(lines[0][1:], line[1:], strict=True)
+        if cell
+    }
+    assert drawn == agreed
