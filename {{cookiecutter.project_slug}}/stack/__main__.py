@@ -28,6 +28,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
             signal.signal(number, _terminate)
+    sys.unraisablehook = _terminate_again
     try:
         stack = Stack(Path.cwd(), options.folder)
         if os.environ.get("STACK", "local") != "local":
@@ -99,6 +100,16 @@ def _print(lines: list[str]) -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)  # so that what is half started is ended
+
+
+def _terminate_again(swallowed: sys.UnraisableHookArgs) -> None:
+    """End what a signal found in a finalizer, out of which Python raises nothing."""
+    if isinstance(swallowed.exc_value, SystemExit):
+        code = swallowed.exc_value.code
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(code))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(swallowed)
 
 
 if __name__ == "__main__":

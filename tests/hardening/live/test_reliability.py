@@ -189,3 +189,31 @@ def test_without_the_backend_tasks_run_callers_hear_of_it_and_results_wait(runni
             running.go(key)
             assert running.happens(f"{key}.ended")
         assert running.client.AsyncResult(result.id).get(timeout=2 * SOON) == key
+
+
+@pytest.mark.parametrize("who", ["celery", "redis-py"])
+def test_a_result_that_is_published_during_a_reconnection_ends_the_wait(
+    running: Running, key: str, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery asks for what it missed before it subscribes again, redis-py not at all."""
+    held = running.task("held").delay(key)
+    backend = running.client.backend
+    consumer, look, pubsub = backend.result_consumer, backend.result_consumer.on_wait_for_pending, backend.client.pubsub
+
+    def finish(**options: object) -> object:
+        running.go(key)
+        assert within(SOON, lambda: running.client.AsyncResult(held.id).state == "SUCCESS")
+        return pubsub(**options)
+
+    def lose(*args: object, **options: object) -> None:
+        look(*args, **options)
+        if who == "celery":
+            monkeypatch.setattr(backend.client, "pubsub", finish)  # what it does between asking and subscribing
+            running.stack.redis("CLIENT", "KILL", "TYPE", "pubsub")
+        else:
+            consumer._pubsub.connection.disconnect()
+            finish()
+            consumer.consume_from(str(uuid4()))
+
+    monkeypatch.setattr(consumer, "on_wait_for_pending", lose)
+    assert held.get(timeout=SOON) == key

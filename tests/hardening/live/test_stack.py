@@ -13,6 +13,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,25 @@ def test_a_signal_waits_until_what_was_started_is_written_down() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert steps == ["started", "written down", "ended"]
+
+
+def test_a_signal_that_a_finalizer_swallows_comes_again(tmp_path: Path) -> None:
+    """Python prints what is raised in there, and goes on."""
+    program = """
+        import signal, sys, time
+        from stack import Stack, __main__ as command
+        class Client:
+            def __del__(self): signal.raise_signal(signal.SIGTERM)
+        def up(stack, calls):
+            Client()
+            time.sleep(30)
+        Stack.up = up
+        sys.argv[1:] = ["up", "--folder", sys.argv[1]]
+        command.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "finalizer")]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, timeout=20)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, b"")
 
 
 def test_a_process_that_got_the_number_of_ours_is_left_alone(tmp_path: Path) -> None:

@@ -253,6 +253,7 @@ class _VerifyingConsumer(RedisResultConsumer):
     """
 
     _decode_result: Any
+    _socket: Any = None
     backend: SignedResults
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -267,6 +268,16 @@ class _VerifyingConsumer(RedisResultConsumer):
                 return {**_PENDING, "task_id": None}
 
         self._decode_result = decode_or_ignore
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Wait for messages; on a new connection look at what is stored, since what was published before is lost."""
+        super().drain_events(timeout)
+        connection = self._pubsub and self._pubsub.connection
+        if connection and connection._sock is not self._socket:
+            self._socket = connection._sock
+            with self._locked():
+                for key in tuple(self.subscribed_to):
+                    self.on_state_change(self._stored(self.backend._strip_prefix(key)), None)
 
     def on_state_change(self, meta: dict[str, Any], message: Any) -> None:
         """Hand over what verified, or the refusal of what is stored."""
