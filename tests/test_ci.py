@@ -1,6 +1,6 @@
 """Pipelines of the template and of its projects: strict, equal, and found clean by tools that find what is planted.
 
-Controls: SUP-5, SUP-6, SUP-7, SUP-8, TPL-3.
+Controls: SUP-5, SUP-6, SUP-7, SUP-8, IMG-2, TPL-3.
 """
 
 from __future__ import annotations
@@ -171,6 +171,24 @@ def test_a_release_is_built_once_and_signed_and_verified_before_it_is_named() ->
         "verify",
         "verify-attestation",
     ]
+
+
+def test_what_trivy_finds_and_can_be_mended_stops_a_pull_request_and_a_release_lists_what_it_holds() -> None:
+    security = PROJECT / ".github/workflows/security.yml"
+    job = jobs(security)["trivy"]
+    assert runs_for_pull_requests(job)
+    scans = {step["with"]["scan-type"]: step["with"] for step in job["steps"] if "trivy-action" in step.get("uses", "")}
+    assert scans.keys() == {"config", "image"}
+    for scan in scans.values():
+        assert scan["exit-code"] == "1"
+        assert {"HIGH", "CRITICAL"} <= set(scan["severity"].split(","))
+    (build,) = [step["run"] for step in job["steps"] if "run" in step]
+    assert f"--tag {scans['image']['image-ref']} --file Dockerfile ." in build
+    assert "schedule" in read(security)[True], "advisories appear without a push"
+    (built,) = [
+        step["with"] for step in steps(security.with_name("release.yml")) if "build-push" in step.get("uses", "")
+    ]
+    assert built["sbom"] is True
 
 
 SCHEMAS = {
