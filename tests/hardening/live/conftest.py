@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import hypothesis
 import pytest
@@ -47,9 +48,11 @@ def application(servers: Stack) -> str:
 @pytest.fixture(scope="session")
 def running(temporary: Path) -> Iterator[Running]:
     """Everything Celery can do, on a stack of its own."""
-    running = Running(temporary / "everything")
-    try:
-        running.up()
+    with Running(temporary / "everything") as running:
         yield running
-    finally:
-        running.down()
+
+
+@pytest.fixture
+def key() -> str:
+    """A name for the effects of one test."""
+    return uuid4().hex

@@ -40,12 +40,17 @@ class Running:
         self.worker: Worker
         self._callers: list[Celery] = []
 
-    def up(self) -> None:
+    def __enter__(self) -> Running:
         """Start the servers and the pool ``worker``."""
-        self.stack.up(worker=False)
-        self.worker = self.start("worker")
+        try:
+            self.stack.up(worker=False)
+            self.worker = self.start("worker")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-    def down(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """End everything; first the results that were waited for in vain, which would look for their server."""
         gc.collect()
         for app in self._callers:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -29,12 +28,6 @@ from .running import SOON, TASKS, Running
 
 HOUR = 3600  # seconds
 STOCK = "celery.beat:PersistentScheduler"
-
-
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
 
 
 def entry(task: str, key: str, seconds: float, **options: Any) -> dict[str, Any]:

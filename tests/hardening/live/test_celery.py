@@ -25,13 +25,6 @@ from ...project import codec, envelope, errors
 from .everything import Colour, Order, Parcel, within
 from .running import SOON, TASKS, Running
 
-
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
-
-
 # -- calling ----------------------------------------------------------------------------------------------------------
 
 

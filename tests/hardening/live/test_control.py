@@ -27,12 +27,6 @@ from .running import ROOT, SOON, TASKS, Running
 SECRET = "swordfish"
 
 
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
-
-
 @pytest.fixture(scope="module")
 def operator(running: Running) -> Celery:
     return running.caller("operator")

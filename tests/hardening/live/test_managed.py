@@ -43,15 +43,9 @@ DEFAULT = "everything.default"
 @pytest.fixture(scope="module")
 def running(temporary: Path) -> Iterator[Running]:
     """Everything Celery can do, on servers as a provider lets them be."""
-    running = Running(temporary / "managed", managed=True)
-    try:
-        running.up()
+    with Running(temporary / "managed", managed=True) as running:
         yield running
-    finally:
-        running.down()
 
-
-key = test_celery.key
 
 # -- Celery as ever ---------------------------------------------------------------------------------------------------
 

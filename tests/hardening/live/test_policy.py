@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from celery import Celery
@@ -73,18 +72,8 @@ class Rules:
 @pytest.fixture(scope="module")
 def running(temporary: Path) -> Iterator[Running]:
     """A stack of this module's own, whose rules it changes."""
-    running = Running(temporary / "policy")
-    try:
-        running.up()
+    with Running(temporary / "policy") as running:
         yield running
-    finally:
-        running.down()
-
-
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
 
 
 @pytest.fixture

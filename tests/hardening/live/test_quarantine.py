@@ -36,12 +36,6 @@ MANY = int(os.environ.get("FLOOD", "1000"))
 pytestmark = pytest.mark.timeout(300 + MANY // 4)
 
 
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
-
-
 @pytest.fixture(autouse=True)
 def empty(running: Running, healthy: None) -> Iterator[None]:
     """Begin and end with an empty quarantine: in a full one each record pushes another one out."""

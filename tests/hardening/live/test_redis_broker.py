@@ -10,7 +10,6 @@ import base64
 import json
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import pytest
 
@@ -23,12 +22,6 @@ pytestmark = pytest.mark.broker("redis")
 
 QUEUE = "everything.default"
 HELD, INDEX = "everything:worker:unacked", "everything:worker:unacked_index"
-
-
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
 
 
 def push(running: Running, *items: bytes | dict[str, Any]) -> None:

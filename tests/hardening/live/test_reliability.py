@@ -24,12 +24,6 @@ from .running import SOON, Running
 MANY = 200
 
 
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
-
-
 @pytest.fixture(autouse=True)
 def healthy(running: Running) -> Iterator[None]:
     """Leave the pool ``worker`` serving, whatever the test did to it."""

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from kombu import Producer
@@ -27,12 +26,6 @@ from .running import SOON, Running
 from .test_reliability import children, healthy
 
 __all__ = ["healthy"]
-
-
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
 
 
 def send(running: Running, name: str, *args: Any, queue: str = "default", **options: Any) -> bytes:

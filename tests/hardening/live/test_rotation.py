@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from celery import Celery
@@ -34,18 +33,8 @@ MANY = 300
 @pytest.fixture(scope="module")
 def running(temporary: Path) -> Iterator[Running]:
     """A stack of this module's own, since it revokes what the others sign with."""
-    running = Running(temporary / "rotation")
-    try:
-        running.up()
+    with Running(temporary / "rotation") as running:
         yield running
-    finally:
-        running.down()
-
-
-@pytest.fixture
-def key() -> str:
-    """A name for the effects of one test."""
-    return uuid4().hex
 
 
 @pytest.fixture(autouse=True)
