@@ -10,6 +10,7 @@ Controls: SIG-1, SIG-2.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -64,17 +65,9 @@ def verifier(key: PublicKeyTypes) -> Verify:
     if isinstance(key, Ed25519PublicKey):
         check = key.verify
     elif isinstance(key, ec.EllipticCurvePublicKey):
-        ec_key = key
-
-        def check(signature: bytes, data: bytes) -> None:
-            ec_key.verify(_from_jose(signature), data, _ECDSA)
-
+        check = partial(_verify_jose, key)
     elif isinstance(key, rsa.RSAPublicKey):
-        rsa_key = key
-
-        def check(signature: bytes, data: bytes) -> None:
-            rsa_key.verify(signature, data, _PSS, hashes.SHA256())
-
+        check = partial(key.verify, padding=_PSS, algorithm=hashes.SHA256())
     else:
         raise TypeError(f"{type(key).__name__} is not a signing key")
 
@@ -94,9 +87,8 @@ def _to_jose(der: bytes) -> bytes:
     return r.to_bytes(_P256_BYTES, "big") + s.to_bytes(_P256_BYTES, "big")
 
 
-def _from_jose(signature: bytes) -> bytes:
+def _verify_jose(key: ec.EllipticCurvePublicKey, signature: bytes, data: bytes) -> None:
     if len(signature) != 2 * _P256_BYTES:
         raise InvalidSignature
-    return utils.encode_dss_signature(
-        int.from_bytes(signature[:_P256_BYTES], "big"), int.from_bytes(signature[_P256_BYTES:], "big")
-    )
+    r, s = (int.from_bytes(half, "big") for half in (signature[:_P256_BYTES], signature[_P256_BYTES:]))
+    key.verify(utils.encode_dss_signature(r, s), data, _ECDSA)
