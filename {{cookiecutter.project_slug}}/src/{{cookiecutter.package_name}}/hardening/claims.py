@@ -17,9 +17,8 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Self, get_args
 
 import amqp
+import celery
 import kombu
-from celery import Celery
-from celery import Task as CeleryTask
 from celery.app.amqp import AMQP
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core.core_schema import ErrorType
@@ -46,13 +45,28 @@ _VALUELESS = frozenset(get_args(ErrorType)) - {
     "uuid_parsing",
     "value_error",
 }
-_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class Task(BaseModel):
+class Signed(BaseModel):
+    """What is signed has these fields and no others, each of its very type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Self:
+        """Parse a verified payload.
+
+        Raises:
+            BadShape: it is not exactly these claims. The error names the places, never the values.
+        """
+        try:
+            return cls.model_validate(codec.decode(payload))
+        except ValidationError as error:
+            raise BadShape(places(error)) from None
+
+
+class Task(Signed):
     """Celery's own fields of a task message; named as in message protocol 2."""
-
-    model_config = _STRICT
 
     name: Text
     id: Text
@@ -86,10 +100,8 @@ class Task(BaseModel):
         return self
 
 
-class Embed(BaseModel):
+class Embed(Signed):
     """The four canvas keys; a fifth would be spread over the request by Celery's tracer."""
-
-    model_config = _STRICT
 
     callbacks: list[Any] | None = None
     errbacks: list[Any] | None = None
@@ -97,14 +109,12 @@ class Embed(BaseModel):
     chord: Any = None
 
 
-class TaskClaims(BaseModel):
+class TaskClaims(Signed):
     """The payload of a task envelope.
 
     ``iat`` and ``exp`` are whole seconds since the epoch. ``iss`` signs now; ``origin`` is on whose behalf,
     ``owner`` whose ids these are; they differ from ``iss`` only where a worker sends for a message (see ``ownership``).
     """
-
-    model_config = _STRICT
 
     iss: Text
     aud: Text
@@ -121,15 +131,8 @@ class TaskClaims(BaseModel):
 
     @classmethod
     def parse(cls, payload: bytes) -> Self:
-        """Parse a verified payload.
-
-        Raises:
-            BadShape: it is not exactly these claims. The error names the places, never the values.
-        """
-        try:
-            claims = cls.model_validate(codec.decode(payload))
-        except ValidationError as error:
-            raise BadShape(places(error)) from None
+        """Parse a verified payload; raises as ``Signed.parse``, or for what is no time."""
+        claims = super().parse(payload)
         for moment in (claims.task.eta, claims.task.expires):
             if moment is not None:
                 utc(moment)
@@ -146,7 +149,7 @@ _CELERYS_HEADERS = _DROPPED | Task.model_fields.keys()
 _CELERYS_OPTIONS = _CELERYS_HEADERS.union(
     *(
         inspect.signature(function).parameters
-        for function in (CeleryTask.apply_async, Celery.send_task, AMQP.as_task_v2, kombu.Producer.publish)
+        for function in (celery.Task.apply_async, celery.Celery.send_task, AMQP.as_task_v2, kombu.Producer.publish)
     ),
     ("event_dispatcher", "exchange_type", "queue"),  # of AMQP.send_task_message, which is a closure
     (name for name, _ in amqp.Message.PROPERTIES),
@@ -170,20 +173,19 @@ def task_fields(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> di
 def request_headers(claims: TaskClaims) -> dict[str, Any]:
     """Return the message headers Celery builds its request from: the claims, and nothing that was not signed."""
     task = claims.task
-    headers: dict[str, Any] = {name: getattr(task, name) for name in _HEADERS}
-    headers.update(
-        lang="py",
-        task=task.name,
-        eta=task.eta and utc(task.eta).isoformat(),  # Celery's parser reads some texts in another way, or not at all
-        expires=task.expires and utc(task.expires).isoformat(),
-        timelimit=list(task.timelimit),
-        origin=claims.origin,
-        owner=claims.owner,
-        headers=dict(task.headers),
-        argsrepr="(hidden)",
-        kwargsrepr="(hidden)",
-    )
-    return headers
+    return {
+        **{name: getattr(task, name) for name in _HEADERS},
+        "lang": "py",
+        "task": task.name,
+        "eta": task.eta and utc(task.eta).isoformat(),  # Celery's parser reads some texts in another way, or not at all
+        "expires": task.expires and utc(task.expires).isoformat(),
+        "timelimit": list(task.timelimit),
+        "origin": claims.origin,
+        "owner": claims.owner,
+        "headers": dict(task.headers),
+        "argsrepr": "(hidden)",
+        "kwargsrepr": "(hidden)",
+    }
 
 
 def new_id() -> str:

@@ -25,10 +25,9 @@ from celery.worker.control import Panel
 from kombu import Consumer, Exchange, Queue
 from kombu.exceptions import EncodeError
 from kombu.pidbox import Mailbox, Node
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import audit, codec, errors
-from .claims import Text, new_id, places
+from .claims import Signed, Text, new_id
 from .envelope import CONTENT_TYPE, Type, enveloped
 from .identity import Identity, Role
 from .policy import CHANGE, COMMANDS
@@ -51,10 +50,9 @@ _HIDDEN = frozenset({"args", "kwargs", "result", "exception", "traceback"})
 _Kind = TypeVar("_Kind", bound="Claims")
 
 
-class Claims(BaseModel):
+class Claims(Signed):
     """What all of these messages sign. ``iat`` and ``exp`` are seconds since the epoch, ``lifetime`` apart at most."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     kind: ClassVar[Type]
     signers: ClassVar[frozenset[Role]] = frozenset({Role.WORKER})
     lifetime: ClassVar[int] = 60
@@ -108,7 +106,7 @@ def sign(hardening: Hardening, kind: type[Claims], **fields: Any) -> bytes:
         raise PermissionError(f"the role {signer.identity.role} sends no {kind.kind}")
     fields |= {"iss": str(signer.identity), "aud": signer.identity.audience, "jti": new_id()}
     payload = codec.encode({"iat": now, "exp": now + kind.lifetime, **fields})
-    _parse(kind, payload)
+    kind.parse(payload)
     envelope = signer.sign(kind.kind, payload)
     if len(envelope) > hardening.settings.message_max_bytes:
         raise errors.TooLarge
@@ -123,7 +121,7 @@ def verify(hardening: Hardening, kind: type[_Kind], envelope: bytes) -> tuple[_K
     """
     own, now, skew = hardening.signer.identity, time.time(), hardening.settings.clock_skew
     verified = hardening.verify(kind.kind, envelope)
-    claims, signer = _parse(kind, verified.payload), verified.signer.identity
+    claims, signer = kind.parse(verified.payload), verified.signer.identity
     if claims.iss != str(signer):
         raise errors.BadShape("iss")
     if claims.aud != own.audience or signer.audience != own.audience:
@@ -138,13 +136,6 @@ def verify(hardening: Hardening, kind: type[_Kind], envelope: bytes) -> tuple[_K
     if isinstance(claims, Reply | Report) and not _belongs(signer, claims.node):
         raise errors.WrongNode
     return claims, signer
-
-
-def _parse(kind: type[_Kind], payload: bytes) -> _Kind:
-    try:
-        return kind.model_validate(codec.decode(payload))
-    except ValidationError as error:
-        raise errors.BadShape(places(error)) from None
 
 
 def _refuse(event: audit.Event, error: Exception) -> None:
