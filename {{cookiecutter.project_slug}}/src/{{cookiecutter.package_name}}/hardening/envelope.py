@@ -127,21 +127,16 @@ class Verifier:
 
     def certificate(self, kind: Type, header: bytes) -> SignerCertificate:
         """Return the certificate of a protected header, which is trusted and not revoked now; raises as ``verify``."""
-        certificate = self._recall(kind, header) or self._trusted(kind, header)
+        with self._lock:
+            certificate = self._known.get((kind, header))
+        if certificate is None:
+            algorithm, chain = _open(kind, header)
+            certificate = self._trust.certificate(chain)
+            if algorithm != certificate.algorithm:
+                raise BadSignature
         if time.time() > certificate.unknown_from:
             raise RevocationUnknown
         return certificate
-
-    def _trusted(self, kind: Type, header: bytes) -> SignerCertificate:
-        algorithm, chain = _open(kind, header)
-        certificate = self._trust.certificate(chain)
-        if algorithm != certificate.algorithm:
-            raise BadSignature
-        return certificate
-
-    def _recall(self, kind: Type, header: bytes) -> SignerCertificate | None:
-        with self._lock:
-            return self._known.get((kind, header))
 
     def _remember(self, kind: Type, header: bytes, certificate: SignerCertificate) -> None:
         with self._lock:
@@ -172,7 +167,7 @@ def _open(kind: Type, header: bytes) -> tuple[object, list[x509.Certificate]]:
     if len(header) > _HEADER_MAX:
         raise Malformed
     fields = _parse(header)
-    if fields.keys() != {"alg", "typ", "x5c"}:
+    if not isinstance(fields, dict) or fields.keys() != {"alg", "typ", "x5c"}:
         raise Malformed
     if fields["typ"] != kind:
         raise WrongType
@@ -192,7 +187,7 @@ def _certificate(text: str) -> x509.Certificate:
     return x509.load_der_x509_certificate(der)
 
 
-def _parse(header: bytes) -> dict[str, object]:
+def _parse(header: bytes) -> object:
     """Parse the protected header; a duplicate member is refused (RFC 7515 section 4)."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -201,12 +196,9 @@ def _parse(header: bytes) -> dict[str, object]:
         return dict(pairs)
 
     try:
-        fields = json.loads(_unb64(header).decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(_unb64(header).decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise Malformed from error
-    if not isinstance(fields, dict):
-        raise Malformed
-    return fields
 
 
 def _b64(data: bytes) -> bytes:
