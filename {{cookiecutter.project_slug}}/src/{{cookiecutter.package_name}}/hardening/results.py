@@ -144,17 +144,11 @@ class SignedResults(Backend):
             exc = {**exc, "exc_module": MessageRefused.__module__}
         return super().exception_to_python(exc)
 
-    def get_key_for_task(self, task_id: Any, key: Any = "") -> Any:
-        """Return the key of a result, under its owner's name."""
-        return super().get_key_for_task(self._owned(task_id), key)
-
-    def get_key_for_group(self, group_id: Any, key: Any = "") -> Any:
-        """Return the key of a group, under its owner's name."""
-        return super().get_key_for_group(self._owned(group_id), key)
-
-    def get_key_for_chord(self, group_id: Any, key: Any = "") -> Any:
-        """Return the key of a chord, under its owner's name."""
-        return super().get_key_for_chord(self._owned(group_id), key)
+    def _get_key_for(self, prefix: Any, id: Any, key: Any = "") -> Any:
+        """Return the key of a result, group or chord, with its owner's name: the same id of two callers is two keys."""
+        audience = self._hardening.audience
+        owner = ownership.owner(self._hardening.signer.identity, audience)
+        return super()._get_key_for(prefix, f"{ownership.namespace(owner, audience)}:{id}", key)
 
     def _strip_prefix(self, key: Any) -> str:
         return str(super()._strip_prefix(key)).partition(":")[2]
@@ -216,8 +210,7 @@ class SignedResults(Backend):
 
     def _get_task_meta_for(self, task_id: str) -> Any:
         try:
-            meta = super()._get_task_meta_for(task_id)
-            return self._own(meta, task_id)
+            return self._own(super()._get_task_meta_for(task_id), task_id)
         except MessageRefused:
             if self._hardening.works:
                 return dict(_PENDING)  # a forged value must not keep a worker from storing the genuine one
@@ -236,14 +229,6 @@ class SignedResults(Backend):
         if meta["status"] != states.PENDING and meta["task_id"] != task_id:
             raise _foreign("of another task", task_id)
         return meta
-
-    def _owned(self, name: Any) -> str:
-        """Return an id under its owner's name: the same id of two callers is two keys."""
-        if not name:
-            raise ValueError("an id must not be empty")
-        audience = self._hardening.audience
-        owner = ownership.owner(self._hardening.signer.identity, audience)
-        return f"{ownership.namespace(owner, audience)}:{name}"
 
 
 class _VerifyingConsumer(RedisResultConsumer):
