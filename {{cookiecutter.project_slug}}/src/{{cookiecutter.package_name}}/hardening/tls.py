@@ -170,17 +170,11 @@ def _check_address(setting: str, url: str, schemes: frozenset[str], wanted: str)
     if port == 0:
         raise _refuse(setting, "the address has port 0", "name the server's TLS port")
     if parts.password is not None:
-        raise _refuse(
-            setting,
-            "the address holds a password, and addresses end up in logs and process lists",
-            "put it into a file and name that in the setting for the password's file",
-        )
+        reason = "the address holds a password, and addresses end up in logs and process lists"
+        raise _refuse(setting, reason, "put it into a file and name that in the setting for the password's file")
     if "ssl_" in parts.query.lower():
-        raise _refuse(
-            setting,
-            "an ssl_* parameter in the address overrides the settings that verify the server",
-            f"remove it and set {CA_SETTING} instead",
-        )
+        reason = "an ssl_* parameter in the address overrides the settings that verify the server"
+        raise _refuse(setting, reason, f"remove it and set {CA_SETTING} instead")
     if "?" in url or "#" in url:
         raise _refuse(setting, "parameters in the address override settings", "remove them, from the ? or # on")
 
@@ -211,20 +205,15 @@ def _check_pair(certificate: Path, key: Path) -> None:
     if now > until:
         raise _refuse(CERTIFICATE_SETTING, f"{certificate} expired at {until:%Y-%m-%d %H:%M} UTC", "renew it")
     if now < since:
-        raise _refuse(
-            CERTIFICATE_SETTING, f"{certificate} is not valid before {since:%Y-%m-%d %H:%M} UTC", "check the clock"
-        )
+        reason = f"{certificate} is not valid before {since:%Y-%m-%d %H:%M} UTC"
+        raise _refuse(CERTIFICATE_SETTING, reason, "check the clock")
 
 
 def _check_system_store() -> None:
     paths = ssl.get_default_verify_paths()
-    if paths.cafile or (paths.capath and any(Path(paths.capath).iterdir())):
-        return
-    raise _refuse(
-        CA_SETTING,
-        "no file is set and this system's certificate store is empty",
-        "set the file with the server's CA, or install the system's CA certificates",
-    )
+    if not paths.cafile and not (paths.capath and any(Path(paths.capath).iterdir())):
+        reason = "no file is set and this system's certificate store is empty"
+        raise _refuse(CA_SETTING, reason, "set the file with the server's CA, or install the system's CA certificates")
 
 
 def _text(path: Path | None) -> str | None:
@@ -256,8 +245,7 @@ class VerifiedSSLConnection(redis.SSLConnection):
         try:
             protected = context.wrap_socket(sock, server_hostname=self.host)
         except TimeoutError:
-            raise redis.ConnectionError(
-                f"{self.host}:{self.port} began no TLS handshake in {HANDSHAKE_TIMEOUT:.0f} s: is it a plain-text port?"
-            ) from None
+            reason = f"began no TLS handshake in {HANDSHAKE_TIMEOUT:.0f} s: is it a plain-text port?"
+            raise redis.ConnectionError(f"{self.host}:{self.port} {reason}") from None
         protected.settimeout(self.socket_timeout)
         return protected

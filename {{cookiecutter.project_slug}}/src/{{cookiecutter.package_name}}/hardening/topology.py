@@ -344,10 +344,8 @@ class _Reader:
         for pattern, rate in (rates if isinstance(rates, dict) else {"*": rates}).items():
             written = _RATE.fullmatch(rate) if isinstance(rate, str) else None
             if written is None or (pattern != "*" and not _TASK_PATTERN.fullmatch(pattern)):
-                reason, fix = (
-                    f"{rate!r} for {pattern!r} is no limit",
-                    'write "100/m" (s, m, h), or { "a.task" = "5/m" }',
-                )
+                reason = f"{rate!r} for {pattern!r} is no limit"
+                fix = 'write "100/m" (s, m, h), or { "a.task" = "5/m" }'
                 raise self.refuse(f"{where}.rate", reason, fix, f"{where}.rate.{pattern}")
             limits.append(Limit(pattern, int(written[1]), _SECONDS[written[2]]))
         return tuple(limits)
@@ -356,9 +354,8 @@ class _Reader:
         names = self.strings(f"{where}.{key}", stanza.get(key, []))
         for name in names:
             if name not in known:
-                raise self.refuse(
-                    f"{where}.{key}", f"names {name!r}, which is no queue", f"add [queues.{name}] or correct the name"
-                )
+                fix = f"add [queues.{name}] or correct the name"
+                raise self.refuse(f"{where}.{key}", f"names {name!r}, which is no queue", fix)
         return names
 
     def strings(self, where: str, value: object) -> tuple[str, ...]:
