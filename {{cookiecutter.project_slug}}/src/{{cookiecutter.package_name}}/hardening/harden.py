@@ -254,11 +254,10 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
     # From here on nothing is refused: an application is hardened as a whole or left as it was.
     app.hardening = hardening
     app.loader.override_backends = {**app.loader.override_backends, **BACKENDS}
-    app.amqp_cls = type("SigningAMQP", (SigningAMQP, symbol_by_name(app.amqp_cls)), {})
-    app.control_cls = type("SignedControl", (SignedControl, symbol_by_name(app.control_cls)), {})
-    app.events_cls = type("SignedEvents", (SignedEvents, symbol_by_name(app.events_cls)), {})
-    for made_before in ("amqp", "control", "events"):  # with Celery's own classes
-        app.__dict__.pop(made_before, None)
+    for name, mixin in (("amqp", SigningAMQP), ("control", SignedControl), ("events", SignedEvents)):
+        theirs = symbol_by_name(getattr(app, f"{name}_cls"))
+        setattr(app, f"{name}_cls", type(mixin.__name__, (mixin, theirs), {}))
+        app.__dict__.pop(name, None)  # made before, with Celery's own class
     app._pool = app._backend_cache = None
     app._local = threading.local()  # holds each thread's result backend
     app.conf.update(configuration)

@@ -26,7 +26,7 @@ import redis
 from kombu import Exchange
 from kombu.transport import redis as kombu_redis
 
-from .errors import MessageRefused, Unparseable
+from .errors import Unparseable
 from .identity import Identity
 from .intake import address, queues, strip_compression
 from .settings import Settings
@@ -91,9 +91,6 @@ def _last(newest: str) -> int:
 class RedisMessage(kombu_redis.Channel.Message):
     """A popped message. ``refusal`` is set where the intake refuses it; ``unparsed`` keeps its raw bytes."""
 
-    refusal: MessageRefused | None = None
-    unparsed: bytes = b""
-
     def __init__(self, payload: dict[str, Any], channel: Any = None, **kwargs: Any) -> None:
         """Build it from what :func:`rebuild` made."""
         self.unparsed = base64.b64decode(payload["properties"].get(_UNPARSED, ""))
@@ -141,9 +138,8 @@ class _QoS(kombu_redis.QoS):
         with suppress(redis.exceptions.OutOfMemoryError), self.channel.conn_or_acquire() as client:
             if self._delivered:
                 client.zadd(self.unacked_index_key, dict.fromkeys(self._delivered, now), xx=True)
-            late = client.zrange(
-                self.unacked_index_key, 0, now - self.visibility_timeout, byscore=True, offset=0, num=RESTORED_AT_ONCE
-            )
+            until = now - self.visibility_timeout
+            late = client.zrange(self.unacked_index_key, 0, until, byscore=True, offset=0, num=RESTORED_AT_ONCE)
             for tag in late:
                 self.restore_by_tag(tag, client)
 

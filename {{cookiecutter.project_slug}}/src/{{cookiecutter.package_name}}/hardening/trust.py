@@ -129,11 +129,10 @@ class Trust:
                 raise _refused(f"{path} is not a PEM certificate", "replace or remove the file") from error
             anchors += found if path.parent == folder else []
             others += [(path.parent.name, anchor) for anchor in found if path.parent != folder]
-        count = len(anchors) + len(others)
-        if count > _ANCHORS_MAX:
-            reason = f"{folder} holds {count} certificates, which looks like a bundle of public CAs"
-            raise _refused(reason, f"keep only your signing CAs, {_ANCHORS_MAX} at most")
         everyone = [*anchors, *(anchor for _, anchor in others)]
+        if len(everyone) > _ANCHORS_MAX:
+            reason = f"{folder} holds {len(everyone)} certificates, which looks like a bundle of public CAs"
+            raise _refused(reason, f"keep only your signing CAs, {_ANCHORS_MAX} at most")
         lists = [*folder.glob("*.crl"), *folder.glob("*/*.crl")]
         return cls(anchors, others, [_revocation_list(path, everyone) for path in sorted(lists)])
 
@@ -252,8 +251,7 @@ def identity_of(certificate: x509.Certificate) -> Identity:
     """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        uris: Iterable[str] = names.get_values_for_type(x509.UniformResourceIdentifier)
-        (uri,) = uris
+        (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
     except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError) as error:
         raise InvalidIdentity from error
     return Identity.parse(uri)
