@@ -50,18 +50,12 @@ def _finite(text: str) -> float:
     return value
 
 
-def _limit_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(DEPTH_MAX):
-        level = [
-            item
-            for container in level
-            if isinstance(container, dict | list)
-            for item in (container.values() if isinstance(container, dict) else container)
-        ]
-        if not level:
-            return
-    raise ValueError("nested too deep")
+def _limit_depth(value: Any, depth: int = 0) -> None:
+    if depth == DEPTH_MAX:
+        raise ValueError("nested too deep")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _limit_depth(item, depth + 1)
 
 
 _encode = _Encoder(separators=(",", ":"), allow_nan=False).encode
