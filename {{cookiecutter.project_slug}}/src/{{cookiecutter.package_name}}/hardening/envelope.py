@@ -12,7 +12,6 @@ and no parsing of anything an attacker wrote.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import re
@@ -122,7 +121,11 @@ class Verifier:
         if not certificate.verify(_unb64(signature), token[: len(header) + 1 + len(payload)]):
             raise BadSignature
         # Not earlier: whoever has seen a certificate could otherwise push every known signer out of the memory.
-        self._remember(kind, header, certificate)
+        with self._lock:
+            self._known[kind, header] = certificate
+            self._known.move_to_end((kind, header))
+            if len(self._known) > _CACHE_MAX:
+                self._known.popitem(last=False)
         return Verified(_unb64(payload), certificate)
 
     def certificate(self, kind: Type, header: bytes) -> SignerCertificate:
@@ -137,13 +140,6 @@ class Verifier:
         if time.time() > certificate.unknown_from:
             raise RevocationUnknown
         return certificate
-
-    def _remember(self, kind: Type, header: bytes, certificate: SignerCertificate) -> None:
-        with self._lock:
-            self._known[kind, header] = certificate
-            self._known.move_to_end((kind, header))
-            if len(self._known) > _CACHE_MAX:
-                self._known.popitem(last=False)
 
 
 def enveloped(message: Any, max_bytes: float = math.inf) -> bytes:
@@ -209,7 +205,7 @@ def _unb64(data: bytes) -> bytes:
     """Decode base64url without padding; a second spelling of the same bytes is refused (RFC 7515 section 2)."""
     try:
         decoded = base64.urlsafe_b64decode(data + b"=" * (-len(data) % 4))
-    except binascii.Error as error:
+    except ValueError as error:
         raise Malformed from error
     if _b64(decoded) != data:
         raise Malformed
