@@ -34,17 +34,10 @@ Custom = dict[Text, str | int | float | bool | None]
 
 _PLAIN = re.compile(r"[A-Za-z0-9_]{1,40}")
 #: Pydantic's errors without those whose text can hold a part of the value.
-_VALUELESS = frozenset(get_args(ErrorType)) - {
-    "assertion_error",
-    "bytes_invalid_encoding",
-    "get_attribute_error",
-    "iteration_error",
-    "json_invalid",
-    "url_parsing",
-    "union_tag_invalid",
-    "uuid_parsing",
-    "value_error",
-}
+_VALUELESS = frozenset(get_args(ErrorType)).difference(
+    "assertion_error bytes_invalid_encoding get_attribute_error iteration_error json_invalid".split(),
+    "url_parsing union_tag_invalid uuid_parsing value_error".split(),
+)
 
 
 class Signed(BaseModel):
@@ -146,11 +139,9 @@ _HEADERS = tuple(name for name in Task.model_fields if name not in {"name", "hea
 _DROPPED = frozenset({"lang", "task", "argsrepr", "kwargsrepr", "origin", "owner", "compression"})
 _CELERYS_HEADERS = _DROPPED | Task.model_fields.keys()
 #: A stamp becomes an option of ``apply_async``, from where it goes on as an option of each of these.
+_SEND = (celery.Task.apply_async, celery.Celery.send_task, AMQP.as_task_v2, kombu.Producer.publish)
 _CELERYS_OPTIONS = _CELERYS_HEADERS.union(
-    *(
-        inspect.signature(function).parameters
-        for function in (celery.Task.apply_async, celery.Celery.send_task, AMQP.as_task_v2, kombu.Producer.publish)
-    ),
+    *(inspect.signature(function).parameters for function in _SEND),
     ("event_dispatcher", "exchange_type", "queue"),  # of AMQP.send_task_message, which is a closure
     (name for name, _ in amqp.Message.PROPERTIES),
 )
@@ -160,13 +151,9 @@ def task_fields(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> di
     """Return the ``task`` claim for a message that Celery is about to publish."""
     fields = {name: headers[name] for name in _HEADERS if headers.get(name) is not None}
     fields["name"] = headers["task"]
-    for name in PROPERTIES:
-        if properties.get(name) not in {None, ""}:
-            fields[name] = properties[name]
-    stamps = set(headers.get("stamped_headers") or ())
-    fields["headers"] = {
-        name: value for name, value in headers.items() if name not in _CELERYS_HEADERS and name not in stamps
-    }
+    fields |= {name: properties[name] for name in PROPERTIES if properties.get(name) not in {None, ""}}
+    others = _CELERYS_HEADERS.union(headers.get("stamped_headers") or ())
+    fields["headers"] = {name: value for name, value in headers.items() if name not in others}
     return fields
 
 
