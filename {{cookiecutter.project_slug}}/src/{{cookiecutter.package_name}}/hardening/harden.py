@@ -155,9 +155,7 @@ class Hardening:
             },
             "result_backend_always_retry": worker,
             # JSON everywhere; what is inside an envelope does not choose its format.
-            "task_serializer": "json",
-            "result_serializer": "json",
-            "event_serializer": "json",
+            **dict.fromkeys(("task_serializer", "result_serializer", "event_serializer"), "json"),
             "accept_content": ["json"],
             "result_accept_content": ["json"],
             "task_compression": None,
@@ -220,7 +218,7 @@ class Hardening:
             if getattr(app.conf, name) != value:  # an attribute, since some are read from Celery's own environment
                 raise ConfigurationRefused(name, "was changed after harden()", "remove the change", "config.changed")
         if _STOCK_AUTH in registry._decoders:
-            raise _stock_signing()
+            _refuse_stock_signing()
         if not isinstance(app.backend, SignedResults):
             raise ConfigurationRefused("result_backend", "is not signed", "use rediss://", "config.changed")
 
@@ -293,10 +291,6 @@ def _make_all_strict(sender: Celery, **_: Any) -> None:
         make_strict(task)
 
 
-def _stock_signing() -> ConfigurationRefused:
-    reason = "Celery's own signing would put its decoder back, which runs pickle from any trusted signer"
-    return ConfigurationRefused("setup_security", reason, "remove the call; harden() signs", "config.stock-signing")
-
-
 def _refuse_stock_signing(*_: Any, **__: Any) -> None:
-    raise _stock_signing()
+    reason = "Celery's own signing would put its decoder back, which runs pickle from any trusted signer"
+    raise ConfigurationRefused("setup_security", reason, "remove the call; harden() signs", "config.stock-signing")

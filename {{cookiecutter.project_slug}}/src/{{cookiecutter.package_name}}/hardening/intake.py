@@ -19,7 +19,6 @@ from functools import partial
 from struct import pack
 from typing import Any, ClassVar
 
-import kombu
 import kombu.connection
 from amqp import basic_message, method_framing, spec
 from amqp.exceptions import ChannelError, NotFound
@@ -170,7 +169,6 @@ class Connection(kombu.Connection):
     """A broker connection that only ever uses a transport with the intake, also after a failover."""
 
     ssl: Any
-    transport_cls: str
     transports: ClassVar[dict[str, str]] = {
         "amqps": f"{__name__}:AmqpTransport",
         "rediss": f"{__name__}_redis:RedisTransport",
@@ -281,12 +279,10 @@ def address(url: str) -> dict[str, Any]:
 
 def queues(topology: Topology, exchange: Exchange, arguments: dict[str, Any] | None) -> dict[str, Any]:
     """Declared by the operator (topology.toml); no account may declare anything."""
-    options = {"queue_arguments": arguments, "no_declare": True}
+    options = {"exchange": exchange, "queue_arguments": arguments, "no_declare": True}
+    names = [(queue.broker_name, queue.name) for queue in topology.queues]
     return {
-        "task_queues": [
-            Queue(queue.broker_name, exchange, queue.broker_name, alias=queue.name, **options)
-            for queue in topology.queues
-        ],
+        "task_queues": [Queue(name, routing_key=name, alias=alias, **options) for name, alias in names],
         "task_default_exchange": exchange.name,
         "task_default_exchange_type": exchange.type,
         "task_create_missing_queues": False,

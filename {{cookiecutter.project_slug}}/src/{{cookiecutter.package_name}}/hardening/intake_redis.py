@@ -12,7 +12,6 @@ Controls: INT-1, SER-3, BRK-2, TLS-1.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import time
 import uuid
@@ -46,6 +45,8 @@ KEPT_MESSAGES, KEPT_BYTES = 10_000, 64 * 1024 * 1024
 #: Messages that one look at the lost ones gives back.
 RESTORED_AT_ONCE = 100
 _UNPARSED = "unparsed"
+#: Options of the transport that are this layer's own.
+_OPTIONS = ("dead_queue", "quarantine_queue", "delivery_limits")
 
 
 def rebuild(item: bytes, queue: str) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def rebuild(item: bytes, queue: str) -> dict[str, Any]:
         compressed = bool(message.get("headers") and message["headers"].get("compression"))
         if not isinstance(content_type, str | None) or not isinstance(content_encoding, str | None):
             raise TypeError
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, binascii.Error):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         body, content_type, content_encoding, compressed = b"", None, None, False
         properties[_UNPARSED] = base64.b64encode(item).decode("ascii")
     return {
@@ -164,12 +165,7 @@ class _Channel(kombu_redis.Channel):
     Message = RedisMessage
     QoS = _QoS
     connection_class = connection_class_ssl = VerifiedSSLConnection
-    from_transport_options = (
-        *kombu_redis.Channel.from_transport_options,
-        "dead_queue",
-        "quarantine_queue",
-        "delivery_limits",
-    )
+    from_transport_options = (*kombu_redis.Channel.from_transport_options, *_OPTIONS)
     dead_queue = quarantine_queue = ""
     delivery_limits: ClassVar[dict[str, int]] = {}
     counts = True

@@ -14,8 +14,7 @@ from functools import partial
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 
 #: Signs bytes.
@@ -31,7 +30,7 @@ _ECDSA = ec.ECDSA(hashes.SHA256())
 
 def algorithm_of(key: PublicKeyTypes) -> str | None:
     """Return the one JWS algorithm this public key may be used with, or None if it is no signing key."""
-    if isinstance(key, Ed25519PublicKey):
+    if isinstance(key, ed25519.Ed25519PublicKey):
         return "EdDSA"
     if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
         return "ES256"
@@ -46,7 +45,7 @@ def signer(key: PrivateKeyTypes) -> Sign:
     Raises:
         TypeError: ``key`` is not of a supported type.
     """
-    if isinstance(key, Ed25519PrivateKey):
+    if isinstance(key, ed25519.Ed25519PrivateKey):
         return key.sign
     if isinstance(key, ec.EllipticCurvePrivateKey):
         return lambda data: _to_jose(key.sign(data, _ECDSA))
@@ -62,7 +61,7 @@ def verifier(key: PublicKeyTypes) -> Verify:
         TypeError: ``key`` is not of a supported type.
     """
     check: Callable[[bytes, bytes], None]
-    if isinstance(key, Ed25519PublicKey):
+    if isinstance(key, ed25519.Ed25519PublicKey):
         check = key.verify
     elif isinstance(key, ec.EllipticCurvePublicKey):
         check = partial(_verify_jose, key)
