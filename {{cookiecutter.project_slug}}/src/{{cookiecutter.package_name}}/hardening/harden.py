@@ -13,7 +13,7 @@ import os
 import threading
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from celery import Celery
@@ -291,6 +291,6 @@ def _make_all_strict(sender: Celery, **_: Any) -> None:
         make_strict(task)
 
 
-def _refuse_stock_signing(*_: Any, **__: Any) -> None:
+def _refuse_stock_signing(*_: Any, **__: Any) -> NoReturn:
     reason = "Celery's own signing would put its decoder back, which runs pickle from any trusted signer"
     raise ConfigurationRefused("setup_security", reason, "remove the call; harden() signs", "config.stock-signing")
