@@ -44,9 +44,8 @@ class JsonScheduler(Scheduler):
         super().setup_schedule()
         beat, topology = self.app.hardening.signer.identity, self.app.hardening.topology
         try:
-            runs: dict[str, _Run] = {}
-            if self._file.exists():
-                runs = _RUNS.validate_json(read_private_file("beat_schedule_filename", self._file))
+            content = read_private_file("beat_schedule_filename", self._file) if self._file.exists() else b"{}"
+            runs = _RUNS.validate_json(content)
             for name, entry in self.schedule.items():
                 queue = entry.options.get("queue")
                 self.app.hardening.policy.check(beat, beat, entry.task, queue and topology.broker_name(queue))

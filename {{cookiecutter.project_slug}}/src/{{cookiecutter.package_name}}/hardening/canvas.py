@@ -69,12 +69,10 @@ def _signatures(value: Any) -> Iterator[Named]:
 
 
 def _signature(signature: Any) -> Iterator[Named]:
-    match signature:
-        case {"task": str(name)} if signature.keys() <= _KEYS:
-            kind, args = signature.get("subtask_type"), signature.get("args") or []
-            options, kwargs = signature.get("options", {}), signature.get("kwargs", {})
-        case _:
-            raise BadShape("a signature's keys")
+    if not isinstance(signature, dict) or not isinstance(signature.get("task"), str) or not signature.keys() <= _KEYS:
+        raise BadShape("a signature's keys")
+    name, kind, args = signature["task"], signature.get("subtask_type"), signature.get("args") or []
+    options, kwargs = signature.get("options", {}), signature.get("kwargs", {})
     shapes = ((kind, str | None), (args, list), (options, dict), (kwargs, dict))
     if not all(isinstance(part, shape) for part, shape in shapes):
         raise BadShape("a signature's shape")

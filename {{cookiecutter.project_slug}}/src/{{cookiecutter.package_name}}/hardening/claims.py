@@ -17,9 +17,8 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Self, get_args
 
 import amqp
+import celery
 import kombu
-from celery import Celery
-from celery import Task as CeleryTask
 from celery.app.amqp import AMQP
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core.core_schema import ErrorType
@@ -35,24 +34,32 @@ Custom = dict[Text, str | int | float | bool | None]
 
 _PLAIN = re.compile(r"[A-Za-z0-9_]{1,40}")
 #: Pydantic's errors without those whose text can hold a part of the value.
-_VALUELESS = frozenset(get_args(ErrorType)) - {
-    "assertion_error",
-    "bytes_invalid_encoding",
-    "get_attribute_error",
-    "iteration_error",
-    "json_invalid",
-    "url_parsing",
-    "union_tag_invalid",
-    "uuid_parsing",
-    "value_error",
-}
-_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
+_VALUELESS = frozenset(get_args(ErrorType)).difference(
+    "assertion_error bytes_invalid_encoding get_attribute_error iteration_error json_invalid".split(),
+    "url_parsing union_tag_invalid uuid_parsing value_error".split(),
+)
 
 
-class Task(BaseModel):
+class Signed(BaseModel):
+    """What is signed has these fields and no others, each of its very type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Self:
+        """Parse a verified payload.
+
+        Raises:
+            BadShape: it is not exactly these claims. The error names the places, never the values.
+        """
+        try:
+            return cls.model_validate(codec.decode(payload))
+        except ValidationError as error:
+            raise BadShape(places(error)) from None
+
+
+class Task(Signed):
     """Celery's own fields of a task message; named as in message protocol 2."""
-
-    model_config = _STRICT
 
     name: Text
     id: Text
@@ -86,10 +93,8 @@ class Task(BaseModel):
         return self
 
 
-class Embed(BaseModel):
+class Embed(Signed):
     """The four canvas keys; a fifth would be spread over the request by Celery's tracer."""
-
-    model_config = _STRICT
 
     callbacks: list[Any] | None = None
     errbacks: list[Any] | None = None
@@ -97,14 +102,12 @@ class Embed(BaseModel):
     chord: Any = None
 
 
-class TaskClaims(BaseModel):
+class TaskClaims(Signed):
     """The payload of a task envelope.
 
     ``iat`` and ``exp`` are whole seconds since the epoch. ``iss`` signs now; ``origin`` is on whose behalf,
     ``owner`` whose ids these are; they differ from ``iss`` only where a worker sends for a message (see ``ownership``).
     """
-
-    model_config = _STRICT
 
     iss: Text
     aud: Text
@@ -121,15 +124,8 @@ class TaskClaims(BaseModel):
 
     @classmethod
     def parse(cls, payload: bytes) -> Self:
-        """Parse a verified payload.
-
-        Raises:
-            BadShape: it is not exactly these claims. The error names the places, never the values.
-        """
-        try:
-            claims = cls.model_validate(codec.decode(payload))
-        except ValidationError as error:
-            raise BadShape(places(error)) from None
+        """Parse a verified payload; raises as ``Signed.parse``, or for what is no time."""
+        claims = super().parse(payload)
         for moment in (claims.task.eta, claims.task.expires):
             if moment is not None:
                 utc(moment)
@@ -143,11 +139,9 @@ _HEADERS = tuple(name for name in Task.model_fields if name not in {"name", "hea
 _DROPPED = frozenset({"lang", "task", "argsrepr", "kwargsrepr", "origin", "owner", "compression"})
 _CELERYS_HEADERS = _DROPPED | Task.model_fields.keys()
 #: A stamp becomes an option of ``apply_async``, from where it goes on as an option of each of these.
+_SEND = (celery.Task.apply_async, celery.Celery.send_task, AMQP.as_task_v2, kombu.Producer.publish)
 _CELERYS_OPTIONS = _CELERYS_HEADERS.union(
-    *(
-        inspect.signature(function).parameters
-        for function in (CeleryTask.apply_async, Celery.send_task, AMQP.as_task_v2, kombu.Producer.publish)
-    ),
+    *(inspect.signature(function).parameters for function in _SEND),
     ("event_dispatcher", "exchange_type", "queue"),  # of AMQP.send_task_message, which is a closure
     (name for name, _ in amqp.Message.PROPERTIES),
 )
@@ -157,33 +151,28 @@ def task_fields(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> di
     """Return the ``task`` claim for a message that Celery is about to publish."""
     fields = {name: headers[name] for name in _HEADERS if headers.get(name) is not None}
     fields["name"] = headers["task"]
-    for name in PROPERTIES:
-        if properties.get(name) not in {None, ""}:
-            fields[name] = properties[name]
-    stamps = set(headers.get("stamped_headers") or ())
-    fields["headers"] = {
-        name: value for name, value in headers.items() if name not in _CELERYS_HEADERS and name not in stamps
-    }
+    fields |= {name: properties[name] for name in PROPERTIES if properties.get(name) not in {None, ""}}
+    others = _CELERYS_HEADERS.union(headers.get("stamped_headers") or ())
+    fields["headers"] = {name: value for name, value in headers.items() if name not in others}
     return fields
 
 
 def request_headers(claims: TaskClaims) -> dict[str, Any]:
     """Return the message headers Celery builds its request from: the claims, and nothing that was not signed."""
     task = claims.task
-    headers: dict[str, Any] = {name: getattr(task, name) for name in _HEADERS}
-    headers.update(
-        lang="py",
-        task=task.name,
-        eta=task.eta and utc(task.eta).isoformat(),  # Celery's parser reads some texts in another way, or not at all
-        expires=task.expires and utc(task.expires).isoformat(),
-        timelimit=list(task.timelimit),
-        origin=claims.origin,
-        owner=claims.owner,
-        headers=dict(task.headers),
-        argsrepr="(hidden)",
-        kwargsrepr="(hidden)",
-    )
-    return headers
+    return {
+        **{name: getattr(task, name) for name in _HEADERS},
+        "lang": "py",
+        "task": task.name,
+        "eta": task.eta and utc(task.eta).isoformat(),  # Celery's parser reads some texts in another way, or not at all
+        "expires": task.expires and utc(task.expires).isoformat(),
+        "timelimit": list(task.timelimit),
+        "origin": claims.origin,
+        "owner": claims.owner,
+        "headers": dict(task.headers),
+        "argsrepr": "(hidden)",
+        "kwargsrepr": "(hidden)",
+    }
 
 
 def new_id() -> str:

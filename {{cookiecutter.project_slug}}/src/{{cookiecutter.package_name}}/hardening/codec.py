@@ -13,7 +13,7 @@ import dataclasses
 import json
 from enum import Enum
 from math import isfinite
-from typing import Any, NoReturn
+from typing import Any
 
 from kombu.exceptions import EncodeError
 from kombu.utils import json as kombu_json
@@ -43,33 +43,23 @@ def _pairs(pairs: list[tuple[str, Any]]) -> Any:
     return kombu_json.object_hook(decoded)
 
 
-def _no_constant(_: str) -> NoReturn:
-    raise ValueError("NaN and Infinity are not JSON")
-
-
 def _finite(text: str) -> float:
     value = float(text)
-    if not isfinite(value):  # 1e999: it could not be encoded again, by a retry for example
-        raise ValueError("too large for a float")
+    if not isfinite(value):  # NaN and Infinity are not JSON; 1e999 could not be encoded again, by a retry for example
+        raise ValueError("not a finite number")
     return value
 
 
-def _limit_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(DEPTH_MAX):
-        level = [
-            item
-            for container in level
-            if isinstance(container, dict | list)
-            for item in (container.values() if isinstance(container, dict) else container)
-        ]
-        if not level:
-            return
-    raise ValueError("nested too deep")
+def _limit_depth(value: Any, depth: int = 0) -> None:
+    if depth == DEPTH_MAX:
+        raise ValueError("nested too deep")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _limit_depth(item, depth + 1)
 
 
 _encode = _Encoder(separators=(",", ":"), allow_nan=False).encode
-_decode = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=_finite, parse_constant=_no_constant).decode
+_decode = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=_finite, parse_constant=_finite).decode
 
 
 def encode(value: object) -> bytes:

@@ -88,9 +88,8 @@ class HardenedConsumer(Consumer):
         # Gossip and mingle let workers tell each other what to do and what is revoked, which is not theirs to say.
         # Heartbeats are events, and come with the others (`worker_send_task_events`, `-E`).
         quiet = kwargs.get("without_heartbeat") or not kwargs.get("task_events")
-        super().__init__(
-            *args, **{**kwargs, "without_gossip": True, "without_mingle": True, "without_heartbeat": quiet}
-        )
+        kwargs |= {"without_gossip": True, "without_mingle": True, "without_heartbeat": quiet}
+        super().__init__(*args, **kwargs)
         self._gate = Gate(self.app, self.app.hardening)
         self._look_up: Any = None
 

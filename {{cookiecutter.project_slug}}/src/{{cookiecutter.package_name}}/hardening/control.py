@@ -25,10 +25,9 @@ from celery.worker.control import Panel
 from kombu import Consumer, Exchange, Queue
 from kombu.exceptions import EncodeError
 from kombu.pidbox import Mailbox, Node
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import audit, codec, errors
-from .claims import Text, new_id, places
+from .claims import Signed, Text, new_id
 from .envelope import CONTENT_TYPE, Type, enveloped
 from .identity import Identity, Role
 from .policy import CHANGE, COMMANDS
@@ -51,10 +50,9 @@ _HIDDEN = frozenset({"args", "kwargs", "result", "exception", "traceback"})
 _Kind = TypeVar("_Kind", bound="Claims")
 
 
-class Claims(BaseModel):
+class Claims(Signed):
     """What all of these messages sign. ``iat`` and ``exp`` are seconds since the epoch, ``lifetime`` apart at most."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     kind: ClassVar[Type]
     signers: ClassVar[frozenset[Role]] = frozenset({Role.WORKER})
     lifetime: ClassVar[int] = 60
@@ -108,7 +106,7 @@ def sign(hardening: Hardening, kind: type[Claims], **fields: Any) -> bytes:
         raise PermissionError(f"the role {signer.identity.role} sends no {kind.kind}")
     fields |= {"iss": str(signer.identity), "aud": signer.identity.audience, "jti": new_id()}
     payload = codec.encode({"iat": now, "exp": now + kind.lifetime, **fields})
-    _parse(kind, payload)
+    kind.parse(payload)
     envelope = signer.sign(kind.kind, payload)
     if len(envelope) > hardening.settings.message_max_bytes:
         raise errors.TooLarge
@@ -123,7 +121,7 @@ def verify(hardening: Hardening, kind: type[_Kind], envelope: bytes) -> tuple[_K
     """
     own, now, skew = hardening.signer.identity, time.time(), hardening.settings.clock_skew
     verified = hardening.verify(kind.kind, envelope)
-    claims, signer = _parse(kind, verified.payload), verified.signer.identity
+    claims, signer = kind.parse(verified.payload), verified.signer.identity
     if claims.iss != str(signer):
         raise errors.BadShape("iss")
     if claims.aud != own.audience or signer.audience != own.audience:
@@ -138,13 +136,6 @@ def verify(hardening: Hardening, kind: type[_Kind], envelope: bytes) -> tuple[_K
     if isinstance(claims, Reply | Report) and not _belongs(signer, claims.node):
         raise errors.WrongNode
     return claims, signer
-
-
-def _parse(kind: type[_Kind], payload: bytes) -> _Kind:
-    try:
-        return kind.model_validate(codec.decode(payload))
-    except ValidationError as error:
-        raise errors.BadShape(places(error)) from None
 
 
 def _refuse(event: audit.Event, error: Exception) -> None:
@@ -177,8 +168,7 @@ class SignedNode(Node):
     """A worker's end: does what those say who may, once, and signs its replies."""
 
     def __init__(self, hostname: str, state: Any, channel: Any, handlers: Any, mailbox: SignedMailbox) -> None:
-        self._hardening = mailbox.hardening
-        name = node_name(self._hardening.signer.identity, hostname)
+        name = node_name(mailbox.hardening.signer.identity, hostname)
         super().__init__(name, state, channel, {**handlers, **_HANDLERS}, mailbox)
         self._started = int(time.time())
         self._remembered: dict[str, dict[str, int]] = {}
@@ -200,19 +190,20 @@ class SignedNode(Node):
         return consumer
 
     def _admitted(self, message: Any) -> dict[str, Any]:
-        command, signer = verify(self._hardening, Command, enveloped(message))
-        if not self._hardening.policy.decide_command(signer, command.method).allowed:
+        command, signer = verify(self.mailbox.hardening, Command, enveloped(message))
+        if not self.mailbox.hardening.policy.decide_command(signer, command.method).allowed:
             raise errors.ControlDenied(f"{signer.role} may not give this command")
         allowed = COMMANDS[signer.role][command.method]
         arguments = {name: command.arguments[name] for name in allowed if name in command.arguments}
-        if "queue" in allowed and arguments.get("queue") not in self._hardening.consumed:
+        if "queue" in allowed and arguments.get("queue") not in self.mailbox.hardening.consumed:
             raise errors.ControlDenied("not a queue of this worker's pool")
         self._remember(command)
         reply_to = command.ticket and {"exchange": None, "routing_key": signer.account}
         return {**command.model_dump(), "arguments": arguments, "reply_to": reply_to}
 
     def _remember(self, command: Command) -> None:
-        seen, past = self._remembered.setdefault(command.iss, {}), time.time() - self._hardening.settings.clock_skew
+        past = time.time() - self.mailbox.hardening.settings.clock_skew
+        seen = self._remembered.setdefault(command.iss, {})
         while seen and seen[oldest := next(iter(seen))] < past:
             del seen[oldest]
         # What is older than this worker was said to another one, and perhaps stopped it.
@@ -334,16 +325,15 @@ class SignedDispatcher(EventDispatcher):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._hardening: Hardening = self.app.hardening
-        self.hostname: str = node_name(self._hardening.signer.identity, self.hostname)
-        self.exchange = self._hardening.broker.broadcast("events", "topic")
+        self.hostname: str = node_name(self.app.hardening.signer.identity, self.hostname)
+        self.exchange = self.app.hardening.broker.broadcast("events", "topic")
         self._outbound_buffer: deque[Any] = deque(maxlen=WAITING)
 
     def _publish(self, event: Any, producer: Any, routing_key: str, **options: Any) -> None:
         if producer is None:
             return
         events = [{**each, **dict.fromkeys(_HIDDEN & each.keys(), "(hidden)")} for each in maybe_list(event)]
-        envelope = sign(self._hardening, Report, node=self.hostname, events=events)
+        envelope = sign(self.app.hardening, Report, node=self.hostname, events=events)
         try:
             publish(producer, envelope, self.exchange, routing_key, **options)
         except Exception:
@@ -357,8 +347,7 @@ class SignedReceiver(EventReceiver):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._hardening: Hardening = self.app.hardening
-        self.queue = _own_queue(self._hardening.broker.broadcast("events", "topic"), "#")
+        self.queue = _own_queue(self.app.hardening.broker.broadcast("events", "topic"), "#")
 
     def get_consumers(self, Consumer: Any, channel: Any) -> list[Any]:  # noqa: N803  # kombu's name
         """Consume without decoding."""
@@ -366,7 +355,7 @@ class SignedReceiver(EventReceiver):
 
     def _receive_signed(self, message: Any) -> None:
         try:
-            report, _ = verify(self._hardening, Report, enveloped(message))
+            report, _ = verify(self.app.hardening, Report, enveloped(message))
             self._receive([{**event, "hostname": report.node} for event in report.events], message)
         except Exception as error:  # a worker that was taken over can sign events that Celery's State fails on
             _refuse(audit.Event.EVENT_REFUSED, error)

@@ -12,7 +12,6 @@ and no parsing of anything an attacker wrote.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import re
@@ -122,33 +121,25 @@ class Verifier:
         if not certificate.verify(_unb64(signature), token[: len(header) + 1 + len(payload)]):
             raise BadSignature
         # Not earlier: whoever has seen a certificate could otherwise push every known signer out of the memory.
-        self._remember(kind, header, certificate)
-        return Verified(_unb64(payload), certificate)
-
-    def certificate(self, kind: Type, header: bytes) -> SignerCertificate:
-        """Return the certificate of a protected header, which is trusted and not revoked now; raises as ``verify``."""
-        certificate = self._recall(kind, header) or self._trusted(kind, header)
-        if time.time() > certificate.unknown_from:
-            raise RevocationUnknown
-        return certificate
-
-    def _trusted(self, kind: Type, header: bytes) -> SignerCertificate:
-        algorithm, chain = _open(kind, header)
-        certificate = self._trust.certificate(chain)
-        if algorithm != certificate.algorithm:
-            raise BadSignature
-        return certificate
-
-    def _recall(self, kind: Type, header: bytes) -> SignerCertificate | None:
-        with self._lock:
-            return self._known.get((kind, header))
-
-    def _remember(self, kind: Type, header: bytes, certificate: SignerCertificate) -> None:
         with self._lock:
             self._known[kind, header] = certificate
             self._known.move_to_end((kind, header))
             if len(self._known) > _CACHE_MAX:
                 self._known.popitem(last=False)
+        return Verified(_unb64(payload), certificate)
+
+    def certificate(self, kind: Type, header: bytes) -> SignerCertificate:
+        """Return the certificate of a protected header, which is trusted and not revoked now; raises as ``verify``."""
+        with self._lock:
+            certificate = self._known.get((kind, header))
+        if certificate is None:
+            algorithm, chain = _open(kind, header)
+            certificate = self._trust.certificate(chain)
+            if algorithm != certificate.algorithm:
+                raise BadSignature
+        if time.time() > certificate.unknown_from:
+            raise RevocationUnknown
+        return certificate
 
 
 def enveloped(message: Any, max_bytes: float = math.inf) -> bytes:
@@ -172,7 +163,7 @@ def _open(kind: Type, header: bytes) -> tuple[object, list[x509.Certificate]]:
     if len(header) > _HEADER_MAX:
         raise Malformed
     fields = _parse(header)
-    if fields.keys() != {"alg", "typ", "x5c"}:
+    if not isinstance(fields, dict) or fields.keys() != {"alg", "typ", "x5c"}:
         raise Malformed
     if fields["typ"] != kind:
         raise WrongType
@@ -192,7 +183,7 @@ def _certificate(text: str) -> x509.Certificate:
     return x509.load_der_x509_certificate(der)
 
 
-def _parse(header: bytes) -> dict[str, object]:
+def _parse(header: bytes) -> object:
     """Parse the protected header; a duplicate member is refused (RFC 7515 section 4)."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -201,12 +192,9 @@ def _parse(header: bytes) -> dict[str, object]:
         return dict(pairs)
 
     try:
-        fields = json.loads(_unb64(header).decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(_unb64(header).decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise Malformed from error
-    if not isinstance(fields, dict):
-        raise Malformed
-    return fields
 
 
 def _b64(data: bytes) -> bytes:
@@ -217,7 +205,7 @@ def _unb64(data: bytes) -> bytes:
     """Decode base64url without padding; a second spelling of the same bytes is refused (RFC 7515 section 2)."""
     try:
         decoded = base64.urlsafe_b64decode(data + b"=" * (-len(data) % 4))
-    except binascii.Error as error:
+    except ValueError as error:
         raise Malformed from error
     if _b64(decoded) != data:
         raise Malformed

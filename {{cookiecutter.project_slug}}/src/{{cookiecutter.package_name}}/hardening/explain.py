@@ -26,9 +26,8 @@ from .topology import Topology, line_of
 
 def catalogue() -> dict[str, tuple[str, str]]:
     """Return cause and fix of every refusal by its code."""
-    configuration = {
-        code: (cause, errors.ConfigurationRefused.fix) for code, cause in errors.CONFIGURATION_CODES.items()
-    }
+    fix = errors.ConfigurationRefused.fix
+    configuration = {code: (cause, fix) for code, cause in errors.CONFIGURATION_CODES.items()}
     leaves = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.Refused)]
     return {c.code: (inspect.getdoc(c) or "", c.fix) for c in leaves} | configuration
 
@@ -63,10 +62,9 @@ def decision(file: Path, signer: str, task: str | None, queue: str | None, metho
     policy = Policy(topology, Identity(domain, who.environment, topology.application, Role.WORKER))
     queue = queue and topology.broker_name(queue)
     allowed, where = policy.decide(who, task, queue) if task else policy.decide_command(who, str(method))
-    line = (
-        f"line {line_of(file.read_text(encoding='utf-8'), where)}: {where}" if where else "which has no stanza for it"
-    )
-    return allowed, f"{who} is {'allowed' if allowed else 'refused'} by {file}, {line}"
+    text, said = file.read_text(encoding="utf-8"), "allowed" if allowed else "refused"
+    line = f"line {line_of(text, where)}: {where}" if where else "which has no stanza for it"
+    return allowed, f"{who} is {said} by {file}, {line}"
 
 
 def _identity(signer: str, topology: Topology) -> Identity:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import audit, canvas, errors
@@ -160,6 +161,7 @@ class Gate:
         )
 
 
+@dataclass(eq=False, repr=False)  # its arguments are not shown
 class Admitted:
     """What Celery gets instead of the delivered message: only signed claims, and the broker's redelivered flag.
 
@@ -167,26 +169,20 @@ class Admitted:
     acknowledged settles its claim.
     """
 
+    _message: Any
+    claims: TaskClaims
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+    delivery_info: dict[str, Any]
+    body: tuple[list[Any], dict[str, Any], dict[str, Any]]
+    still_trusted: Callable[[], bool]
+    claim: Claim = field(init=False)
     content_type = content_encoding = None
-    claim: Claim
 
-    def __init__(
-        self,
-        message: Any,
-        claims: TaskClaims,
-        headers: dict[str, Any],
-        properties: dict[str, Any],
-        delivery_info: dict[str, Any],
-        body: tuple[list[Any], dict[str, Any], dict[str, Any]],
-        still_trusted: Callable[[], bool],
-    ) -> None:
-        self.claims = claims
-        self.headers = headers
-        self.properties = properties
-        self.delivery_info = delivery_info
-        self.body = self.payload = body
-        self.still_trusted = still_trusted
-        self._message = message
+    @property
+    def payload(self) -> Any:
+        """What Celery's strategies look at: the body."""
+        return self.body
 
     def ack_log_error(self, *args: Any, **kwargs: Any) -> None:
         """Acknowledge the message, which is done."""

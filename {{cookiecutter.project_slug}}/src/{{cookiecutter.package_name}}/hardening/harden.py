@@ -13,7 +13,7 @@ import os
 import threading
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from celery import Celery
@@ -155,9 +155,7 @@ class Hardening:
             },
             "result_backend_always_retry": worker,
             # JSON everywhere; what is inside an envelope does not choose its format.
-            "task_serializer": "json",
-            "result_serializer": "json",
-            "event_serializer": "json",
+            **dict.fromkeys(("task_serializer", "result_serializer", "event_serializer"), "json"),
             "accept_content": ["json"],
             "result_accept_content": ["json"],
             "task_compression": None,
@@ -220,7 +218,7 @@ class Hardening:
             if getattr(app.conf, name) != value:  # an attribute, since some are read from Celery's own environment
                 raise ConfigurationRefused(name, "was changed after harden()", "remove the change", "config.changed")
         if _STOCK_AUTH in registry._decoders:
-            raise _stock_signing()
+            _refuse_stock_signing()
         if not isinstance(app.backend, SignedResults):
             raise ConfigurationRefused("result_backend", "is not signed", "use rediss://", "config.changed")
 
@@ -254,11 +252,10 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
     # From here on nothing is refused: an application is hardened as a whole or left as it was.
     app.hardening = hardening
     app.loader.override_backends = {**app.loader.override_backends, **BACKENDS}
-    app.amqp_cls = type("SigningAMQP", (SigningAMQP, symbol_by_name(app.amqp_cls)), {})
-    app.control_cls = type("SignedControl", (SignedControl, symbol_by_name(app.control_cls)), {})
-    app.events_cls = type("SignedEvents", (SignedEvents, symbol_by_name(app.events_cls)), {})
-    for made_before in ("amqp", "control", "events"):  # with Celery's own classes
-        app.__dict__.pop(made_before, None)
+    for name, mixin in (("amqp", SigningAMQP), ("control", SignedControl), ("events", SignedEvents)):
+        theirs = symbol_by_name(getattr(app, f"{name}_cls"))
+        setattr(app, f"{name}_cls", type(mixin.__name__, (mixin, theirs), {}))
+        app.__dict__.pop(name, None)  # made before, with Celery's own class
     app._pool = app._backend_cache = None
     app._local = threading.local()  # holds each thread's result backend
     app.conf.update(configuration)
@@ -294,10 +291,6 @@ def _make_all_strict(sender: Celery, **_: Any) -> None:
         make_strict(task)
 
 
-def _stock_signing() -> ConfigurationRefused:
+def _refuse_stock_signing(*_: Any, **__: Any) -> NoReturn:
     reason = "Celery's own signing would put its decoder back, which runs pickle from any trusted signer"
-    return ConfigurationRefused("setup_security", reason, "remove the call; harden() signs", "config.stock-signing")
-
-
-def _refuse_stock_signing(*_: Any, **__: Any) -> None:
-    raise _stock_signing()
+    raise ConfigurationRefused("setup_security", reason, "remove the call; harden() signs", "config.stock-signing")

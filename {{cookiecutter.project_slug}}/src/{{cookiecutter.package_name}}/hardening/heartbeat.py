@@ -21,18 +21,16 @@ TOO_LONG = 60.0
 _PAUSED = 0.0  # as the file's time: whoever waits for a broker is well
 
 
-def beat(file: Path | None) -> None:
-    """Write down that this process works."""
+def beat(file: Path | None, at: tuple[float, float] | None = None) -> None:
+    """Write down that this process works: now, or at other times of access and modification."""
     if file is not None:
         with suppress(OSError):  # a task has removed it, perhaps: the check says so
-            os.utime(file)
+            os.utime(file, at)
 
 
 def pause(file: Path | None) -> None:
     """Write down that this process waits for a broker, or ends."""
-    if file is not None:
-        with suppress(OSError):
-            os.utime(file, (_PAUSED, _PAUSED))
+    beat(file, (_PAUSED, _PAUSED))
 
 
 def check(file: Path) -> str:

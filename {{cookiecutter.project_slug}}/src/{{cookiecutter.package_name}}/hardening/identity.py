@@ -14,13 +14,6 @@ from enum import StrEnum
 
 from .errors import InvalidIdentity
 
-TRUST_DOMAIN = r"[a-z0-9](?:[a-z0-9.-]{0,252}[a-z0-9])?"
-_SEGMENT = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
-_SPIFFE_ID = re.compile(
-    rf"spiffe://(?P<trust_domain>{TRUST_DOMAIN})/(?P<environment>{_SEGMENT})/(?P<application>{_SEGMENT})"
-    rf"/(?P<role>{_SEGMENT})(?:/(?P<name>{_SEGMENT}))?"
-)
-
 
 class Role(StrEnum):
     """What a signer is; the first thing the policy asks."""
@@ -30,6 +23,14 @@ class Role(StrEnum):
     BEAT = "beat"
     MONITOR = "monitor"
     OPERATOR = "operator"
+
+
+TRUST_DOMAIN = r"[a-z0-9](?:[a-z0-9.-]{0,252}[a-z0-9])?"
+_SEGMENT = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
+_SPIFFE_ID = re.compile(
+    rf"spiffe://(?P<trust_domain>{TRUST_DOMAIN})/(?P<environment>{_SEGMENT})/(?P<application>{_SEGMENT})"
+    rf"/(?P<role>{'|'.join(Role)})(?:/(?P<name>{_SEGMENT}))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +51,11 @@ class Identity:
             InvalidIdentity: it is not of the form above, to the letter.
         """
         match = _SPIFFE_ID.fullmatch(uri)
-        if match is None:
+        # A client named `operator` would have the operator's account and rights.
+        if match is None or match["name"] in set(Role):
             raise InvalidIdentity
-        try:
-            role = Role(match["role"])
-        except ValueError:
-            raise InvalidIdentity from None
-        if match["name"] in set(Role):
-            raise InvalidIdentity  # a client named `operator` would have the operator's account and rights
-        return cls(match["trust_domain"], match["environment"], match["application"], role, match["name"])
+        domain, environment, application, role, name = match.groups()
+        return cls(domain, environment, application, Role(role), name)
 
     @property
     def audience(self) -> str:

@@ -19,7 +19,6 @@ from functools import partial
 from struct import pack
 from typing import Any, ClassVar
 
-import kombu
 import kombu.connection
 from amqp import basic_message, method_framing, spec
 from amqp.exceptions import ChannelError, NotFound
@@ -55,10 +54,10 @@ def frame_handler(connection: Any, callback: Callable[..., None]) -> Callable[[A
     def on_checked_frame(frame: tuple[int, int, Any]) -> Any:
         kind, channel, payload = frame
         if kind == _CONTENT_HEADER:
-            parsable = _header_parses(payload)
+            parsable = _parses(basic_message.Message().inbound_header, payload)
             rest = _PROPERTIES
         elif kind == _METHOD and payload[:4] == _DELIVER:
-            parsable = _deliver_parses(payload)
+            parsable = _parses(loads, "sLbss", payload, 4)
             rest = 4 + 1 + payload[4] + 8 + 1  # method, consumer tag (ours), delivery tag, redelivered flag
         else:
             return on_frame(frame)
@@ -71,27 +70,17 @@ def frame_handler(connection: Any, callback: Callable[..., None]) -> Callable[[A
     return on_checked_frame
 
 
-def _header_parses(payload: Any) -> bool:
+def _parses(parser: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether it does; a routing key may be any bytes, too, and a topic binding may match them."""
     try:
-        basic_message.Message().inbound_header(payload)
+        parser(*arguments)
     except Exception:  # struct.error, OSError, OverflowError, UnicodeDecodeError ...: whatever a parser raises
-        return False
-    return True
-
-
-def _deliver_parses(payload: Any) -> bool:
-    try:
-        loads("sLbss", payload, 4)
-    except Exception:  # a routing key may be any bytes, and a topic binding may match them
         return False
     return True
 
 
 class AmqpMessage(pyamqp.Message):
     """A delivered message. ``refusal`` is set where the intake refuses it; ``unparsed`` keeps properties' raw bytes."""
-
-    refusal: MessageRefused | None = None
-    unparsed: bytes = b""
 
     def __init__(self, msg: Any, channel: Any = None, **kwargs: Any) -> None:
         """Build it; never raises on what the message holds."""
@@ -158,8 +147,7 @@ class AmqpTransport(pyamqp.SSLTransport):
 class MemoryMessage(memory.Channel.Message):
     """A message of the in-memory transport."""
 
-    refusal: MessageRefused | None = None
-    unparsed: bytes = b""
+    unparsed = b""
 
     def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
         """Build it."""
@@ -181,7 +169,6 @@ class Connection(kombu.Connection):
     """A broker connection that only ever uses a transport with the intake, also after a failover."""
 
     ssl: Any
-    transport_cls: str
     transports: ClassVar[dict[str, str]] = {
         "amqps": f"{__name__}:AmqpTransport",
         "rediss": f"{__name__}_redis:RedisTransport",
@@ -255,9 +242,8 @@ class RabbitMQ:
         with connection.channel() as channel:
             try:
                 for exchange in document["exchanges"]:
-                    channel.exchange_declare(
-                        exchange["name"], exchange["type"], durable=exchange["durable"], auto_delete=False
-                    )
+                    name, kind, durable = exchange["name"], exchange["type"], exchange["durable"]
+                    channel.exchange_declare(name, kind, durable=durable, auto_delete=False)
                 for queue in document["queues"]:
                     arguments = {**queue["arguments"], **_limits(queue["name"], document["policies"])}
                     channel.queue_declare(queue["name"], durable=True, auto_delete=False, arguments=arguments)
@@ -293,12 +279,10 @@ def address(url: str) -> dict[str, Any]:
 
 def queues(topology: Topology, exchange: Exchange, arguments: dict[str, Any] | None) -> dict[str, Any]:
     """Declared by the operator (topology.toml); no account may declare anything."""
-    options = {"queue_arguments": arguments, "no_declare": True}
+    options = {"exchange": exchange, "queue_arguments": arguments, "no_declare": True}
+    names = [(queue.broker_name, queue.name) for queue in topology.queues]
     return {
-        "task_queues": [
-            Queue(queue.broker_name, exchange, queue.broker_name, alias=queue.name, **options)
-            for queue in topology.queues
-        ],
+        "task_queues": [Queue(name, routing_key=name, alias=alias, **options) for name, alias in names],
         "task_default_exchange": exchange.name,
         "task_default_exchange_type": exchange.type,
         "task_create_missing_queues": False,

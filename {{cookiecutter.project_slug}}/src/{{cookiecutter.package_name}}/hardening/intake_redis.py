@@ -12,7 +12,6 @@ Controls: INT-1, SER-3, BRK-2, TLS-1.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import time
 import uuid
@@ -26,7 +25,7 @@ import redis
 from kombu import Exchange
 from kombu.transport import redis as kombu_redis
 
-from .errors import MessageRefused, Unparseable
+from .errors import Unparseable
 from .identity import Identity
 from .intake import address, queues, strip_compression
 from .settings import Settings
@@ -46,6 +45,8 @@ KEPT_MESSAGES, KEPT_BYTES = 10_000, 64 * 1024 * 1024
 #: Messages that one look at the lost ones gives back.
 RESTORED_AT_ONCE = 100
 _UNPARSED = "unparsed"
+#: Options of the transport that are this layer's own.
+_OPTIONS = ("dead_queue", "quarantine_queue", "delivery_limits")
 
 
 def rebuild(item: bytes, queue: str) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def rebuild(item: bytes, queue: str) -> dict[str, Any]:
         compressed = bool(message.get("headers") and message["headers"].get("compression"))
         if not isinstance(content_type, str | None) or not isinstance(content_encoding, str | None):
             raise TypeError
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, binascii.Error):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         body, content_type, content_encoding, compressed = b"", None, None, False
         properties[_UNPARSED] = base64.b64encode(item).decode("ascii")
     return {
@@ -90,9 +91,6 @@ def _last(newest: str) -> int:
 
 class RedisMessage(kombu_redis.Channel.Message):
     """A popped message. ``refusal`` is set where the intake refuses it; ``unparsed`` keeps its raw bytes."""
-
-    refusal: MessageRefused | None = None
-    unparsed: bytes = b""
 
     def __init__(self, payload: dict[str, Any], channel: Any = None, **kwargs: Any) -> None:
         """Build it from what :func:`rebuild` made."""
@@ -141,9 +139,8 @@ class _QoS(kombu_redis.QoS):
         with suppress(redis.exceptions.OutOfMemoryError), self.channel.conn_or_acquire() as client:
             if self._delivered:
                 client.zadd(self.unacked_index_key, dict.fromkeys(self._delivered, now), xx=True)
-            late = client.zrange(
-                self.unacked_index_key, 0, now - self.visibility_timeout, byscore=True, offset=0, num=RESTORED_AT_ONCE
-            )
+            until = now - self.visibility_timeout
+            late = client.zrange(self.unacked_index_key, 0, until, byscore=True, offset=0, num=RESTORED_AT_ONCE)
             for tag in late:
                 self.restore_by_tag(tag, client)
 
@@ -168,12 +165,7 @@ class _Channel(kombu_redis.Channel):
     Message = RedisMessage
     QoS = _QoS
     connection_class = connection_class_ssl = VerifiedSSLConnection
-    from_transport_options = (
-        *kombu_redis.Channel.from_transport_options,
-        "dead_queue",
-        "quarantine_queue",
-        "delivery_limits",
-    )
+    from_transport_options = (*kombu_redis.Channel.from_transport_options, *_OPTIONS)
     dead_queue = quarantine_queue = ""
     delivery_limits: ClassVar[dict[str, int]] = {}
     counts = True

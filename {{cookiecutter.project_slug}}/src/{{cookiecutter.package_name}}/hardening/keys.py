@@ -10,11 +10,11 @@ Controls: SIG-1, SIG-2.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 
 #: Signs bytes.
@@ -30,7 +30,7 @@ _ECDSA = ec.ECDSA(hashes.SHA256())
 
 def algorithm_of(key: PublicKeyTypes) -> str | None:
     """Return the one JWS algorithm this public key may be used with, or None if it is no signing key."""
-    if isinstance(key, Ed25519PublicKey):
+    if isinstance(key, ed25519.Ed25519PublicKey):
         return "EdDSA"
     if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
         return "ES256"
@@ -45,7 +45,7 @@ def signer(key: PrivateKeyTypes) -> Sign:
     Raises:
         TypeError: ``key`` is not of a supported type.
     """
-    if isinstance(key, Ed25519PrivateKey):
+    if isinstance(key, ed25519.Ed25519PrivateKey):
         return key.sign
     if isinstance(key, ec.EllipticCurvePrivateKey):
         return lambda data: _to_jose(key.sign(data, _ECDSA))
@@ -61,20 +61,12 @@ def verifier(key: PublicKeyTypes) -> Verify:
         TypeError: ``key`` is not of a supported type.
     """
     check: Callable[[bytes, bytes], None]
-    if isinstance(key, Ed25519PublicKey):
+    if isinstance(key, ed25519.Ed25519PublicKey):
         check = key.verify
     elif isinstance(key, ec.EllipticCurvePublicKey):
-        ec_key = key
-
-        def check(signature: bytes, data: bytes) -> None:
-            ec_key.verify(_from_jose(signature), data, _ECDSA)
-
+        check = partial(_verify_jose, key)
     elif isinstance(key, rsa.RSAPublicKey):
-        rsa_key = key
-
-        def check(signature: bytes, data: bytes) -> None:
-            rsa_key.verify(signature, data, _PSS, hashes.SHA256())
-
+        check = partial(key.verify, padding=_PSS, algorithm=hashes.SHA256())
     else:
         raise TypeError(f"{type(key).__name__} is not a signing key")
 
@@ -94,9 +86,8 @@ def _to_jose(der: bytes) -> bytes:
     return r.to_bytes(_P256_BYTES, "big") + s.to_bytes(_P256_BYTES, "big")
 
 
-def _from_jose(signature: bytes) -> bytes:
+def _verify_jose(key: ec.EllipticCurvePublicKey, signature: bytes, data: bytes) -> None:
     if len(signature) != 2 * _P256_BYTES:
         raise InvalidSignature
-    return utils.encode_dss_signature(
-        int.from_bytes(signature[:_P256_BYTES], "big"), int.from_bytes(signature[_P256_BYTES:], "big")
-    )
+    r, s = (int.from_bytes(half, "big") for half in (signature[:_P256_BYTES], signature[_P256_BYTES:]))
+    key.verify(utils.encode_dss_signature(r, s), data, _ECDSA)

@@ -54,8 +54,7 @@ def owner(own: Identity, audience: str) -> str:
     """Return the SPIFFE ID of whoever owns what is sent to or stored by ``audience`` now; ``own`` is this process."""
     if own.audience != audience:
         return str(own)
-    acting = _acting.get()
-    if acting is not None:
+    if (acting := _acting.get()) is not None:
         return acting[1]
     return str(getattr(current_request(), "owner", None) or own)
 
@@ -64,8 +63,7 @@ def origin(own: Identity, audience: str, task_id: str, task: str) -> str:
     """Return the SPIFFE ID of whoever asked for the task that is sent to ``audience`` now."""
     if own.audience != audience:
         return str(own)
-    acting = _acting.get()
-    if acting is not None:
+    if (acting := _acting.get()) is not None:
         return acting[0]
     request = current_request()
     retry = request is not None and (request.id, request.task) == (task_id, task)

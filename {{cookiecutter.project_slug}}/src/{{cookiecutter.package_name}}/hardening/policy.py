@@ -177,10 +177,9 @@ class Rules(Watched):
     def _load(self) -> str | None:
         topology = self._settings.read_topology()
         self._policy = Policy(topology, self._own, self._counted)
-        same = _until_restart(topology) == _until_restart(self.topology)
-        return (
-            None if same else "rights are as the file says; queues, pools and broker stay as they are until a restart"
-        )
+        if _until_restart(topology) == _until_restart(self.topology):
+            return None
+        return "rights are as the file says; queues, pools and broker stay as they are until a restart"
 
 
 def _until_restart(topology: Topology) -> object:

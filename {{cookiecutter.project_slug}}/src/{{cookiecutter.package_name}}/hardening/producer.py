@@ -82,22 +82,21 @@ class TaskProducer:
         eta = claims.utc(task["eta"]).timestamp() if "eta" in task else now
         if eta > now + self._hardening.settings.message_max_delay:
             raise DelayTooLong
-        payload = codec.encode(
-            {
-                "iss": str(signer.identity),
-                "aud": audience,
-                "iat": now,
-                "exp": int(max(now, eta)) + self._hardening.settings.message_max_age,
-                "jti": claims.new_id(),
-                "origin": ownership.origin(signer.identity, audience, headers["id"], headers["task"]),
-                "owner": ownership.owner(signer.identity, audience),
-                "queue": self._queue(options.get("routing_key")),
-                "task": task,
-                "args": args,
-                "kwargs": kwargs,
-                "embed": embed,
-            }
-        )
+        fields = {
+            "iss": str(signer.identity),
+            "aud": audience,
+            "iat": now,
+            "exp": int(max(now, eta)) + self._hardening.settings.message_max_age,
+            "jti": claims.new_id(),
+            "origin": ownership.origin(signer.identity, audience, headers["id"], headers["task"]),
+            "owner": ownership.owner(signer.identity, audience),
+            "queue": self._queue(options.get("routing_key")),
+            "task": task,
+            "args": args,
+            "kwargs": kwargs,
+            "embed": embed,
+        }
+        payload = codec.encode(fields)
         claims.TaskClaims.parse(payload)  # what a gate would not take is refused here, where somebody hears of it
         return signer.sign(Type.TASK, payload)
 

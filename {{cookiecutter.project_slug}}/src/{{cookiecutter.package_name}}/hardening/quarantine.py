@@ -126,15 +126,14 @@ class Quarantine:
         body = _bytes(message.body)
         kept = self._hardening.settings.message_max_bytes  # of a longer body its start and its hash are kept
         delivery = message.delivery_info or {}
+        where = ("exchange", "routing_key", "redelivered")
         return {
             "iss": str(self._hardening.signer.identity),
             "aud": self._hardening.signer.identity.audience,
             "iat": int(time.time()),
             "code": refusal.code,
             "detail": refusal.detail,
-            "delivery": {
-                name: str(delivery.get(name))[:_TEXT_MAX] for name in ("exchange", "routing_key", "redelivered")
-            },
+            "delivery": {name: str(delivery.get(name))[:_TEXT_MAX] for name in where},
             "content_type": str(message.content_type)[:_TEXT_MAX],
             "content_encoding": str(message.content_encoding)[:_TEXT_MAX],
             "headers": _text(message.headers)[: 16 * _TEXT_MAX],

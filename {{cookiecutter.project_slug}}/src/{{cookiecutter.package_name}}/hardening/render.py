@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,33 +47,28 @@ _OWN_QUEUE = r"amq\.gen-.+"
 #: An empty hash matches no password: the account logs in with its certificate or not at all.
 _NO_PASSWORD = {"password_hash": "", "hashing_algorithm": "rabbit_password_hashing_sha256"}
 _KEPT = {"durable": True, "auto_delete": False}
+#: kombu's exchanges for delayed messages, longest delay first; each hands over to the next one.
+_LEVELS = [delayed.level_name(level) for level in range(delayed.MAX_LEVEL, -1, -1)]
+_DELAYED = [*_LEVELS, delayed.CELERY_DELAYED_DELIVERY_EXCHANGE]
 
 Definition = dict[str, Any]
 
 
 def definitions(topology: Topology) -> Definition:
     """RabbitMQ definitions, in the form of ``rabbitmqctl export_definitions``."""
-    vhost = topology.vhost
+    vhost, roles = topology.vhost, topology.accounts.values()
+    account = {**_NO_PASSWORD, "tags": "", "limits": ACCOUNT_LIMITS}
     policy = {"vhost": vhost, "name": "delayed-length", "pattern": "^celery_delayed_", "apply-to": "queues"}
     return {
         "vhosts": [{"name": vhost}],
-        "users": [_user(topology.account(name)) for name in topology.accounts],
-        "permissions": [_permission(topology, role) for role in topology.accounts.values()],
-        "topic_permissions": [
-            rule for role in topology.accounts.values() for rule in _topic_permissions(topology, role)
-        ],
+        "users": [{"name": topology.account(role.name), **account} for role in roles],
+        "permissions": [_permission(topology, role) for role in roles],
+        "topic_permissions": [rule for role in roles for rule in _topic_permissions(topology, role)],
         "policies": [policy | {"definition": {"max-length-bytes": DELAYED_BYTES}, "priority": 0}],
-        "exchanges": [
-            *(_exchange(vhost, name) for name in _exchange_names(topology)),
-            _exchange(vhost, topology.celery("control"), "fanout"),
-        ],
-        "queues": [*_queues(topology), *(_delay_queue(vhost, level) for level in range(delayed.MAX_LEVEL, -1, -1))],
+        "exchanges": _exchanges(topology),
+        "queues": list(_queues(topology)),
         "bindings": list(_bindings(topology)),
     }
-
-
-def _user(account: str) -> Definition:
-    return {"name": account, **_NO_PASSWORD, "tags": "", "limits": ACCOUNT_LIMITS}
 
 
 def _permission(topology: Topology, role: Pool | Caller) -> Definition:
@@ -119,16 +115,13 @@ def _one_of(names: list[str], prefix: str = "") -> str:
     return f"^{prefix}{escaped[0]}$" if len(escaped) == 1 else f"^{prefix}({'|'.join(escaped)})$"
 
 
-def _exchange_names(topology: Topology) -> list[str]:
-    levels = [delayed.level_name(level) for level in range(delayed.MAX_LEVEL, -1, -1)]
+def _exchanges(topology: Topology) -> list[Definition]:
     # Dead letters and quarantine have exchanges of their own, named like their queues: topic permissions do not look at
     # the CC and BCC headers of a message, which route it within its exchange.
     own = [topology.exchange, topology.dead, topology.quarantine, topology.celery("replies"), topology.celery("events")]
-    return [*own, *levels, delayed.CELERY_DELAYED_DELIVERY_EXCHANGE]
-
-
-def _exchange(vhost: str, name: str, kind: str = "topic") -> Definition:
-    return {"name": name, "vhost": vhost, "type": kind, **_KEPT, "internal": False, "arguments": {}}
+    kinds = {**dict.fromkeys([*own, *_DELAYED], "topic"), topology.celery("control"): "fanout"}
+    rest = {**_KEPT, "internal": False, "arguments": {}}
+    return [{"name": name, "vhost": topology.vhost, "type": kind, **rest} for name, kind in kinds.items()]
 
 
 def _queue(vhost: str, name: str, **arguments: str | int) -> Definition:
@@ -153,27 +146,23 @@ def _queues(topology: Topology) -> Iterator[Definition]:
     dead = (topology.dead, DEAD_BYTES, "reject-publish")
     for name, kept, overflow in (dead, (topology.quarantine, QUARANTINE_BYTES, "drop-head")):
         yield _queue(topology.vhost, name, x_max_length_bytes=kept, x_overflow=overflow, x_delivery_limit=_LOOKS)
-
-
-def _delay_queue(vhost: str, level: int) -> Definition:
-    return _queue(
-        vhost,
-        delayed.level_name(level),
-        x_overflow="reject-publish",
-        x_message_ttl=2**level * 1000,  # milliseconds
-        x_dead_letter_exchange=delayed.level_name(level - 1) if level else delayed.CELERY_DELAYED_DELIVERY_EXCHANGE,
-        x_dead_letter_strategy="at-least-once",
-    )
+    for skipped, (level, following) in enumerate(pairwise(_DELAYED)):
+        yield _queue(
+            topology.vhost,
+            level,
+            x_overflow="reject-publish",
+            x_message_ttl=2 ** (delayed.MAX_LEVEL - skipped) * 1000,  # milliseconds
+            x_dead_letter_exchange=following,
+            x_dead_letter_strategy="at-least-once",
+        )
 
 
 def _bindings(topology: Topology) -> Iterator[Definition]:
     """Each delay level waits where its bit is 1 and passes on where it is 0; the last hands over to the application."""
     vhost = topology.vhost
-    for level in range(delayed.MAX_LEVEL, -1, -1):
-        skip = "*." * (delayed.MAX_LEVEL - level)
-        following = delayed.level_name(level - 1) if level else delayed.CELERY_DELAYED_DELIVERY_EXCHANGE
-        yield _binding(vhost, delayed.level_name(level), "queue", delayed.level_name(level), f"{skip}1.#")
-        yield _binding(vhost, delayed.level_name(level), "exchange", following, f"{skip}0.#")
+    for skipped, (level, following) in enumerate(pairwise(_DELAYED)):
+        yield _binding(vhost, level, "queue", level, f"{'*.' * skipped}1.#")
+        yield _binding(vhost, level, "exchange", following, f"{'*.' * skipped}0.#")
     for queue in topology.queues:
         key = f"#.{queue.broker_name}"
         yield _binding(vhost, delayed.CELERY_DELAYED_DELIVERY_EXCHANGE, "exchange", topology.exchange, key)
@@ -298,11 +287,8 @@ sends = {json.dumps(caller.sends)}
 def rendered(topology: Topology) -> dict[Path, str]:
     """Every rendered file's text, by its path in the project."""
     broker, text = (BROKER_ACL, broker_acl_text) if topology.broker == "redis" else (DEFINITIONS, definitions_text)
-    contracts = {
-        CONTRACTS / f"{name}.toml": contract_text(topology, caller)
-        for name, caller in topology.callers.items()
-        if caller.identity
-    }
+    services = [caller for caller in topology.callers.values() if caller.identity]
+    contracts = {CONTRACTS / f"{caller.name}.toml": contract_text(topology, caller) for caller in services}
     return {broker: text(topology), ACL: acl_text(topology), **contracts}
 
 

@@ -23,12 +23,12 @@ from __future__ import annotations
 import time
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import states
+from celery.backends.base import BaseKeyValueStoreBackend
 from celery.backends.cache import CacheBackend
-from celery.backends.redis import RedisBackend
-from celery.backends.redis import ResultConsumer as RedisResultConsumer
+from celery.backends.redis import RedisBackend, ResultConsumer
 from celery.canvas import group, maybe_signature
 from celery.result import result_from_tuple
 from celery.utils.serialization import ensure_serializable
@@ -41,25 +41,13 @@ from .identity import Role
 from .limits import spare_files
 from .tls import VerifiedSSLConnection
 
-if TYPE_CHECKING:
-    from celery.backends.base import BaseKeyValueStoreBackend as Backend
-
-    from .harden import Hardening
-else:
-    Backend = object  # what is mixed in stands before Celery's own class
-
 _PENDING = {"status": states.PENDING, "result": None}
 #: Kinds of value, by the shape Celery gives them.
 _RESULT, _PART, _GROUP = "result", "part", "group"
 
 
-class SignedResults(Backend):
+class SignedResults(BaseKeyValueStoreBackend):
     """Mixed into a result backend in front of Celery's own class."""
-
-    @property
-    def _hardening(self) -> Hardening:
-        hardening: Hardening = self.app.hardening
-        return hardening
 
     def encode(self, data: Any) -> bytes:
         """Sign a value that Celery is about to store.
@@ -69,8 +57,8 @@ class SignedResults(Backend):
             PermissionError: not a result, chord part or group; or a result, and this signer is no worker.
         """
         kind = _kind(data)
-        signer, audience = self._hardening.signer, self._hardening.audience
-        if kind is None or (kind[0] != _GROUP and not self._hardening.works):
+        signer, audience = self.app.hardening.signer, self.app.hardening.audience
+        if kind is None or (kind[0] != _GROUP and not self.app.hardening.works):
             raise PermissionError("only a worker signs results, and nothing but results")
         claims = {
             "iss": str(signer.identity),
@@ -81,8 +69,8 @@ class SignedResults(Backend):
             "of": kind[1],
             "value": data,
         }
-        envelope = signer.sign(Type.RESULT, codec.encode(claims))
-        if len(envelope) > self._hardening.settings.message_max_bytes:
+        envelope: bytes = signer.sign(Type.RESULT, codec.encode(claims))
+        if len(envelope) > self.app.hardening.settings.message_max_bytes:
             raise EncodeError("the result is larger than message_max_bytes, and every reader would refuse it")
         return envelope
 
@@ -101,8 +89,8 @@ class SignedResults(Backend):
             raise
 
     def _verified(self, payload: bytes | str) -> Any:
-        own, audience = self._hardening.signer.identity, self._hardening.audience
-        verified: Verified = self._hardening.verify(Type.RESULT, payload)
+        own, audience = self.app.hardening.signer.identity, self.app.hardening.audience
+        verified: Verified = self.app.hardening.verify(Type.RESULT, payload)
         claims = codec.decode(verified.payload)
         signer = verified.signer.identity
         if not isinstance(claims, dict) or claims.keys() != {"iss", "aud", "iat", "owner", "kind", "of", "value"}:
@@ -144,17 +132,11 @@ class SignedResults(Backend):
             exc = {**exc, "exc_module": MessageRefused.__module__}
         return super().exception_to_python(exc)
 
-    def get_key_for_task(self, task_id: Any, key: Any = "") -> Any:
-        """Return the key of a result, under its owner's name."""
-        return super().get_key_for_task(self._owned(task_id), key)
-
-    def get_key_for_group(self, group_id: Any, key: Any = "") -> Any:
-        """Return the key of a group, under its owner's name."""
-        return super().get_key_for_group(self._owned(group_id), key)
-
-    def get_key_for_chord(self, group_id: Any, key: Any = "") -> Any:
-        """Return the key of a chord, under its owner's name."""
-        return super().get_key_for_chord(self._owned(group_id), key)
+    def _get_key_for(self, prefix: Any, id: Any, key: Any = "") -> Any:
+        """Return the key of a result, group or chord, with its owner's name: the same id of two callers is two keys."""
+        audience = self.app.hardening.audience
+        owner = ownership.owner(self.app.hardening.signer.identity, audience)
+        return super()._get_key_for(prefix, f"{ownership.namespace(owner, audience)}:{id}", key)
 
     def _strip_prefix(self, key: Any) -> str:
         return str(super()._strip_prefix(key)).partition(":")[2]
@@ -216,10 +198,9 @@ class SignedResults(Backend):
 
     def _get_task_meta_for(self, task_id: str) -> Any:
         try:
-            meta = super()._get_task_meta_for(task_id)
-            return self._own(meta, task_id)
+            return self._own(super()._get_task_meta_for(task_id), task_id)
         except MessageRefused:
-            if self._hardening.works:
+            if self.app.hardening.works:
                 return dict(_PENDING)  # a forged value must not keep a worker from storing the genuine one
             raise
 
@@ -237,16 +218,8 @@ class SignedResults(Backend):
             raise _foreign("of another task", task_id)
         return meta
 
-    def _owned(self, name: Any) -> str:
-        """Return an id under its owner's name: the same id of two callers is two keys."""
-        if not name:
-            raise ValueError("an id must not be empty")
-        audience = self._hardening.audience
-        owner = ownership.owner(self._hardening.signer.identity, audience)
-        return f"{ownership.namespace(owner, audience)}:{name}"
 
-
-class _VerifyingConsumer(RedisResultConsumer):
+class _VerifyingConsumer(ResultConsumer):
     """Waits for results on pub/sub channels; of what does not verify there, the stored value says what it is.
 
     None or a genuine one: it was forged. One that is refused as well ends the waiting with the reason.
@@ -254,7 +227,6 @@ class _VerifyingConsumer(RedisResultConsumer):
 
     _decode_result: Any
     _socket: Any = None
-    backend: SignedResults
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

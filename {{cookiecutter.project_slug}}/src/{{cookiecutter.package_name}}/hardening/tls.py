@@ -71,13 +71,12 @@ class TLS:
             _check_system_store()
         else:
             _certificates(CA_SETTING, self.ca)
-        if self.certificate is None and self.key is None:
-            return
-        if self.certificate is None:
+        if self.certificate is not None and self.key is not None:
+            _check_pair(self.certificate, self.key)
+        elif self.key is not None:
             raise _refuse(CERTIFICATE_SETTING, "a key is set without its certificate", "set both or neither")
-        if self.key is None:
+        elif self.certificate is not None:
             raise _refuse(KEY_SETTING, "a certificate is set without its key", "set both or neither")
-        _check_pair(self.certificate, self.key)
 
     def amqp(self) -> dict[str, Any]:
         """Options of py-amqp for ``broker_use_ssl`` with an ``amqps://`` URL."""
@@ -129,8 +128,31 @@ def check_url(setting: str, url: str, schemes: frozenset[str]) -> None:
     wanted = " or ".join(f"{scheme}://" for scheme in sorted(schemes))
     if not isinstance(url, str) or not url.strip():
         raise _refuse(setting, "no address is set", f"set an address that starts with {wanted}")
-    for part in url.split(";"):
-        _check_address(setting, part, schemes, wanted)
+    for address in url.split(";"):
+        scheme, separator, _ = address.partition("://")
+        if not separator or scheme not in schemes:
+            named = separator and scheme.replace("+", "").isalnum()  # anything else may be part of a password
+            shown = f"{scheme}://" if named else "an address without a scheme"
+            raise _refuse(setting, f"{shown} is not a protected connection", f"use {wanted}")
+        if any(character.isspace() or not character.isprintable() for character in address):
+            raise _refuse(setting, "the address holds white space or control characters", "remove them")
+        try:
+            parts = urlsplit(address)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            raise _refuse(setting, "the address has a malformed host or port", "write host:port") from None
+        if not host:
+            raise _refuse(setting, "the address names no host, and a default one would be used", "name the host")
+        if port == 0:
+            raise _refuse(setting, "the address has port 0", "name the server's TLS port")
+        if parts.password is not None:
+            reason = "the address holds a password, and addresses end up in logs and process lists"
+            raise _refuse(setting, reason, "put it into a file and name that in the setting for the password's file")
+        if "ssl_" in parts.query.lower():
+            reason = "an ssl_* parameter in the address overrides the settings that verify the server"
+            raise _refuse(setting, reason, f"remove it and set {CA_SETTING} instead")
+        if "?" in address or "#" in address:
+            raise _refuse(setting, "parameters in the address override settings", "remove them, from the ? or # on")
 
 
 def check_options(setting: str, value: object, expected: Mapping[str, Any]) -> None:
@@ -150,39 +172,6 @@ def check_options(setting: str, value: object, expected: Mapping[str, Any]) -> N
     if value is True:
         reason = "True verifies no host name with RabbitMQ and does not encrypt at all with Redis"
     raise _refuse(setting, reason, f"remove it and set {CA_SETTING} instead")
-
-
-def _check_address(setting: str, url: str, schemes: frozenset[str], wanted: str) -> None:
-    scheme, separator, _ = url.partition("://")
-    if not separator or scheme not in schemes:
-        named = separator and scheme.replace("+", "").isalnum()  # anything else may be part of a password
-        shown = f"{scheme}://" if named else "an address without a scheme"
-        raise _refuse(setting, f"{shown} is not a protected connection", f"use {wanted}")
-    if any(character.isspace() or not character.isprintable() for character in url):
-        raise _refuse(setting, "the address holds white space or control characters", "remove them")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise _refuse(setting, "the address has a malformed host or port", "write host:port") from None
-    if not host:
-        raise _refuse(setting, "the address names no host, and a default one would be used", "name the host")
-    if port == 0:
-        raise _refuse(setting, "the address has port 0", "name the server's TLS port")
-    if parts.password is not None:
-        raise _refuse(
-            setting,
-            "the address holds a password, and addresses end up in logs and process lists",
-            "put it into a file and name that in the setting for the password's file",
-        )
-    if "ssl_" in parts.query.lower():
-        raise _refuse(
-            setting,
-            "an ssl_* parameter in the address overrides the settings that verify the server",
-            f"remove it and set {CA_SETTING} instead",
-        )
-    if "?" in url or "#" in url:
-        raise _refuse(setting, "parameters in the address override settings", "remove them, from the ? or # on")
 
 
 def _certificates(setting: str, path: Path) -> list[x509.Certificate]:
@@ -211,20 +200,15 @@ def _check_pair(certificate: Path, key: Path) -> None:
     if now > until:
         raise _refuse(CERTIFICATE_SETTING, f"{certificate} expired at {until:%Y-%m-%d %H:%M} UTC", "renew it")
     if now < since:
-        raise _refuse(
-            CERTIFICATE_SETTING, f"{certificate} is not valid before {since:%Y-%m-%d %H:%M} UTC", "check the clock"
-        )
+        reason = f"{certificate} is not valid before {since:%Y-%m-%d %H:%M} UTC"
+        raise _refuse(CERTIFICATE_SETTING, reason, "check the clock")
 
 
 def _check_system_store() -> None:
     paths = ssl.get_default_verify_paths()
-    if paths.cafile or (paths.capath and any(Path(paths.capath).iterdir())):
-        return
-    raise _refuse(
-        CA_SETTING,
-        "no file is set and this system's certificate store is empty",
-        "set the file with the server's CA, or install the system's CA certificates",
-    )
+    if not paths.cafile and not (paths.capath and any(Path(paths.capath).iterdir())):
+        reason = "no file is set and this system's certificate store is empty"
+        raise _refuse(CA_SETTING, reason, "set the file with the server's CA, or install the system's CA certificates")
 
 
 def _text(path: Path | None) -> str | None:
@@ -256,8 +240,7 @@ class VerifiedSSLConnection(redis.SSLConnection):
         try:
             protected = context.wrap_socket(sock, server_hostname=self.host)
         except TimeoutError:
-            raise redis.ConnectionError(
-                f"{self.host}:{self.port} began no TLS handshake in {HANDSHAKE_TIMEOUT:.0f} s: is it a plain-text port?"
-            ) from None
+            reason = f"began no TLS handshake in {HANDSHAKE_TIMEOUT:.0f} s: is it a plain-text port?"
+            raise redis.ConnectionError(f"{self.host}:{self.port} {reason}") from None
         protected.settimeout(self.socket_timeout)
         return protected

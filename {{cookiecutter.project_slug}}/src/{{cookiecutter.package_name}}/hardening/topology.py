@@ -40,6 +40,7 @@ _TASK_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.*-]*")
 CONTROLLERS = (Role.OPERATOR.value, Role.MONITOR.value)
 _RATE = re.compile(r"([1-9][0-9]{0,5})/([smh])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
+_Table = dict[str, Any]
 #: What pub/sub channels start with, in any database.
 FANOUT_PREFIX = "/."
 
@@ -251,7 +252,7 @@ class _Reader:
         place = f"{self.file}, line {line_of(self.text, at or where)}: {where}"
         return ConfigurationRefused(place, reason, fix, "config.topology")
 
-    def topology(self, document: dict[str, Any]) -> Topology:
+    def topology(self, document: _Table) -> Topology:
         self.known_keys("top level", document, {"application", "trust_domain", "broker", "queues", "pools", "callers"})
         application = document.get("application")
         if not isinstance(application, str) or not _APPLICATION.fullmatch(application):
@@ -260,9 +261,8 @@ class _Reader:
         broker = document.get("broker", "rabbitmq")
         if broker not in _BROKERS:
             raise self.refuse("broker", "is none that this project can use", f"write one of {', '.join(_BROKERS)}")
-        queues = tuple(
-            self.queue(application, name, stanza) for name, stanza in self.stanzas("queues", document, needed=True)
-        )
+        stanzas = self.stanzas("queues", document, needed=True)
+        queues = tuple(self.queue(application, name, stanza) for name, stanza in stanzas)
         names = frozenset(queue.name for queue in queues)
         callers = {name: self.caller(name, stanza, names) for name, stanza in self.stanzas("callers", document)}
         foreign = [caller.identity for caller in callers.values() if caller.identity]
@@ -283,7 +283,7 @@ class _Reader:
             raise self.refuse(f"queues.{name}", "is consumed by no pool", "add it to a pool's queues or remove it")
         return Topology(application, queues, MappingProxyType(pools), MappingProxyType(callers), broker, domain)
 
-    def queue(self, application: str, name: str, stanza: dict[str, Any]) -> Queue:
+    def queue(self, application: str, name: str, stanza: _Table) -> Queue:
         where = f"queues.{name}"
         self.known_keys(where, stanza, {"delivery_limit", "max_length_bytes"})
         if name in RESERVED_QUEUES:
@@ -293,7 +293,7 @@ class _Reader:
                 raise self.refuse(f"{where}.{key}", "is not a positive whole number", "write one, without quotes")
         return Queue(name, f"{application}.{name}", **stanza)
 
-    def pool(self, name: str, stanza: dict[str, Any], queues: frozenset[str]) -> Pool:
+    def pool(self, name: str, stanza: _Table, queues: frozenset[str]) -> Pool:
         where = f"pools.{name}"
         self.known_keys(where, stanza, {"queues", "sends", "sends_to", "rate"})
         consumes = self.queue_names(where, "queues", stanza, queues)
@@ -302,7 +302,7 @@ class _Reader:
         sends_to = self.queue_names(where, "sends_to", stanza, queues) if "sends_to" in stanza else consumes
         return Pool(name, self.task_patterns(where, stanza), consumes, sends_to, self.limits(where, stanza))
 
-    def caller(self, name: str, stanza: dict[str, Any], queues: frozenset[str]) -> Caller:
+    def caller(self, name: str, stanza: _Table, queues: frozenset[str]) -> Caller:
         where = f"callers.{name}"
         self.known_keys(where, stanza, {"queues", "sends", "identity", "rate", "controls"})
         sends, sends_to = self.task_patterns(where, stanza), self.queue_names(where, "queues", stanza, queues)
@@ -329,7 +329,7 @@ class _Reader:
         fix = f"write spiffe://<trust domain>/{_ENVIRONMENT}/<application>/<role>[/<name>], braces and all"
         raise self.refuse(f"{where}.identity", reason, fix)
 
-    def task_patterns(self, where: str, stanza: dict[str, Any]) -> tuple[str, ...]:
+    def task_patterns(self, where: str, stanza: _Table) -> tuple[str, ...]:
         patterns = self.strings(f"{where}.sends", stanza.get("sends", []))
         for pattern in patterns:
             if not _TASK_PATTERN.fullmatch(pattern):
@@ -338,27 +338,24 @@ class _Reader:
                 raise self.refuse(f"{where}.sends", reason, fix)
         return patterns
 
-    def limits(self, where: str, stanza: dict[str, Any]) -> tuple[Limit, ...]:
+    def limits(self, where: str, stanza: _Table) -> tuple[Limit, ...]:
         rates = stanza.get("rate", {})
         limits = []
         for pattern, rate in (rates if isinstance(rates, dict) else {"*": rates}).items():
             written = _RATE.fullmatch(rate) if isinstance(rate, str) else None
             if written is None or (pattern != "*" and not _TASK_PATTERN.fullmatch(pattern)):
-                reason, fix = (
-                    f"{rate!r} for {pattern!r} is no limit",
-                    'write "100/m" (s, m, h), or { "a.task" = "5/m" }',
-                )
+                reason = f"{rate!r} for {pattern!r} is no limit"
+                fix = 'write "100/m" (s, m, h), or { "a.task" = "5/m" }'
                 raise self.refuse(f"{where}.rate", reason, fix, f"{where}.rate.{pattern}")
             limits.append(Limit(pattern, int(written[1]), _SECONDS[written[2]]))
         return tuple(limits)
 
-    def queue_names(self, where: str, key: str, stanza: dict[str, Any], known: frozenset[str]) -> tuple[str, ...]:
+    def queue_names(self, where: str, key: str, stanza: _Table, known: frozenset[str]) -> tuple[str, ...]:
         names = self.strings(f"{where}.{key}", stanza.get(key, []))
         for name in names:
             if name not in known:
-                raise self.refuse(
-                    f"{where}.{key}", f"names {name!r}, which is no queue", f"add [queues.{name}] or correct the name"
-                )
+                fix = f"add [queues.{name}] or correct the name"
+                raise self.refuse(f"{where}.{key}", f"names {name!r}, which is no queue", fix)
         return names
 
     def strings(self, where: str, value: object) -> tuple[str, ...]:
@@ -368,9 +365,7 @@ class _Reader:
             raise self.refuse(where, "names something twice", "remove the repetition")
         return tuple(value)
 
-    def stanzas(
-        self, section: str, document: dict[str, Any], *, needed: bool = False
-    ) -> list[tuple[str, dict[str, Any]]]:
+    def stanzas(self, section: str, document: _Table, *, needed: bool = False) -> list[tuple[str, _Table]]:
         table = document.get(section, {})
         if not isinstance(table, dict) or not all(isinstance(stanza, dict) for stanza in table.values()):
             raise self.refuse(section, "is not a table of tables", f"write [{section}.<name>]")
@@ -382,7 +377,7 @@ class _Reader:
                 raise self.refuse(f"{section}.{name!r}", "is not a name", fix, f"{section}.{name}")
         return list(table.items())
 
-    def known_keys(self, where: str, table: dict[str, Any], known: set[str]) -> None:
+    def known_keys(self, where: str, table: _Table, known: set[str]) -> None:
         for key in table.keys() - known:
             at = key if where == "top level" else f"{where}.{key}"
             raise self.refuse(where, f"has the unknown key {key!r}", f"use one of {', '.join(sorted(known))}", at)

@@ -32,9 +32,7 @@ from .keys import Verify, algorithm_of, verifier
 
 _SETTING = "security_cert_store"
 #: Stores of public CAs: as a signing store they would let anyone with a public certificate sign.
-_SYSTEM_STORES = tuple(
-    map(Path, ("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates", "/usr/lib/ssl"))
-)
+_SYSTEM_STORES = ("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates", "/usr/lib/ssl")
 #: More trust anchors than any signing PKI has; a bundle of public CAs has over a hundred.
 _ANCHORS_MAX = 16
 #: How long a revocation list is still used after its next one was due; an event says so meanwhile.
@@ -95,7 +93,7 @@ class Trust:
         everyone = [*anchors, *(anchor for _, anchor in others)]
         if not everyone:
             raise _refused("holds no certificate", "put the signing CA's certificate there")
-        self._store = Store(everyone)
+        self._verification = _VERIFICATION.store(Store(everyone))
         self._anchors, self._others = anchors, others
         self._keys = frozenset(map(_key, everyone))
         self.lists = dict(sorted(lists, key=lambda each: each[1].made))  # of two of one CA, the newer
@@ -129,11 +127,10 @@ class Trust:
                 raise _refused(f"{path} is not a PEM certificate", "replace or remove the file") from error
             anchors += found if path.parent == folder else []
             others += [(path.parent.name, anchor) for anchor in found if path.parent != folder]
-        count = len(anchors) + len(others)
-        if count > _ANCHORS_MAX:
-            reason = f"{folder} holds {count} certificates, which looks like a bundle of public CAs"
-            raise _refused(reason, f"keep only your signing CAs, {_ANCHORS_MAX} at most")
         everyone = [*anchors, *(anchor for _, anchor in others)]
+        if len(everyone) > _ANCHORS_MAX:
+            reason = f"{folder} holds {len(everyone)} certificates, which looks like a bundle of public CAs"
+            raise _refused(reason, f"keep only your signing CAs, {_ANCHORS_MAX} at most")
         lists = [*folder.glob("*.crl"), *folder.glob("*/*.crl")]
         return cls(anchors, others, [_revocation_list(path, everyone) for path in sorted(lists)])
 
@@ -159,15 +156,8 @@ class Trust:
         try:
             # Validity is judged per message, at its time of issue; here the path is judged at a time it must hold.
             time = max(certificate.not_valid_before_utc for certificate in chain)
-            path = (
-                PolicyBuilder()
-                .store(self._store)
-                .time(time.astimezone(UTC).replace(tzinfo=None))
-                .extension_policies(ca_policy=ExtensionPolicy.webpki_defaults_ca(), ee_policy=_LEAF_POLICY)
-                .build_client_verifier()
-                .verify(leaf, list(chain[1:]))
-                .chain
-            )
+            verification = self._verification.time(time.astimezone(UTC).replace(tzinfo=None)).build_client_verifier()
+            path = verification.verify(leaf, list(chain[1:])).chain
             algorithm = algorithm_of(leaf.public_key())
         except Exception as error:  # VerificationError, and whatever the parser raises on an attacker's certificate
             raise UntrustedSigner from error
@@ -252,8 +242,7 @@ def identity_of(certificate: x509.Certificate) -> Identity:
     """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        uris: Iterable[str] = names.get_values_for_type(x509.UniformResourceIdentifier)
-        (uri,) = uris
+        (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
     except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError) as error:
         raise InvalidIdentity from error
     return Identity.parse(uri)
@@ -275,3 +264,5 @@ _LEAF_POLICY = (
     .require_present(x509.SubjectAlternativeName, Criticality.AGNOSTIC, None)
     .require_present(x509.KeyUsage, Criticality.AGNOSTIC, _signs_messages)
 )
+_CA_POLICY = ExtensionPolicy.webpki_defaults_ca()
+_VERIFICATION = PolicyBuilder().extension_policies(ca_policy=_CA_POLICY, ee_policy=_LEAF_POLICY)
