@@ -130,6 +130,13 @@ def test_a_password_that_others_can_read_is_refused(managed: dict[str, Any], mod
     assert _refused(managed).code == "config.key-permissions"
 
 
+def test_a_password_that_changes_later_is_no_changed_setting(managed: dict[str, Any]) -> None:
+    """Whoever has just rotated it may call on: the login that was checked at the start is the one that is used."""
+    app = hardened(managed)
+    managed["broker_password_file"].write_bytes(b"another")
+    app.hardening.check_configuration(app)
+
+
 def test_a_password_in_the_address_is_refused(managed: dict[str, Any]) -> None:
     refusal = _refused(managed, broker_url="amqps://shared:swordfish@127.0.0.1/x")
     assert refusal.code == "config.tls"

@@ -207,10 +207,10 @@ def test_a_redis_brokers_password_comes_from_its_file_and_is_quoted(values: dict
     secret.chmod(0o600)
     address = {"broker_url": "rediss://shop.client@127.0.0.1:1/0"}
     settings = Settings(**{**values, **address}, broker_password_file=secret)
-    assert settings.broker_address() == "rediss://shop.client:p%40ss%3Aw%2Frd@127.0.0.1:1/0"
+    assert settings.broker_address == "rediss://shop.client:p%40ss%3Aw%2Frd@127.0.0.1:1/0"
     assert "p@ss" not in repr(settings)
     with pytest.raises(errors.ConfigurationRefused, match="BROKER_PASSWORD_FILE: is not set"):
-        Settings(**{**values, **address}).broker_address()
+        _ = Settings(**{**values, **address}).broker_address
 
 
 def test_another_broker_than_the_topologys_is_refused(values: dict[str, Any]) -> None:

@@ -218,7 +218,7 @@ class RabbitMQ:
         """Return the Celery settings that must hold."""
         exchange = Exchange(self.exchange, type="topic", no_declare=True)
         return {
-            **address(self._settings.broker_address()),
+            **address(self._settings.broker_address),
             "broker_use_ssl": self._settings.broker_tls.amqp(),
             # EXTERNAL is by certificate; the name is only for logs.
             "broker_login_method": "PLAIN" if self._settings.broker_auth == "password" else "EXTERNAL",

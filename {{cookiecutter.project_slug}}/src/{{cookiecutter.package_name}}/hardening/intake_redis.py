@@ -244,7 +244,7 @@ class Redis:
         """Return the Celery settings that must hold."""
         held, since = self._topology.held(self._own.account)
         return {
-            **address(self._settings.broker_address()),
+            **address(self._settings.broker_address),
             "broker_use_ssl": self._settings.broker_tls.redis(),
             "broker_transport_options": {
                 "visibility_timeout": VISIBILITY_TIMEOUT,

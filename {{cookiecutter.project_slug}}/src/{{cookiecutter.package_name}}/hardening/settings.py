@@ -202,8 +202,9 @@ class Settings(BaseSettings):
         address = _with_password(self.replay_store, "REPLAY_STORE_PASSWORD_FILE", self.replay_store_password_file)
         return RedisStore(address, self.result_backend_tls, prefix)
 
+    @cached_property
     def broker_address(self) -> str:
-        """Return the broker's URL, with the password if that is the login: for Celery alone, so never log it."""
+        """The broker's URL, with the password as it was first if that is the login: for Celery alone; never log it."""
         if self.broker_password_file is None:
             return self.broker_url
         return _with_password(self.broker_url, "BROKER_PASSWORD_FILE", self.broker_password_file)
