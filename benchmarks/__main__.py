@@ -70,12 +70,12 @@ class Bench:
         own = {"PROFILE": profile, "BENCH_PACKAGE": self.package, "BENCH_AUTH": str(self.folder / "auth")}
         return {**self.stack.environment(role), **own}
 
-    def call(self, profile: str, *what: object) -> dict[str, float]:
-        """Run a caller in a process of its own."""
+    def call(self, profile: str, *what: object, role: str = "client", module: str = "caller") -> dict[str, float]:
+        """Run a caller, or another module, in a process of its own."""
         paths = os.pathsep.join((str(ROOT), str(ROOT / "src")))
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.caller", *map(str, what)],
-            env={"PATH": os.defpath, "PYTHONPATH": paths, **self.environment("client", profile)},
+            [sys.executable, "-m", f"benchmarks.{module}", *map(str, what)],
+            env={"PATH": os.defpath, "PYTHONPATH": paths, **self.environment(role, profile)},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -164,6 +164,7 @@ def main() -> int:
                 print(f"round {number + 1} of {options.rounds}: {profile}", file=sys.stderr, flush=True)
                 for measure, value in bench.round(profile, options.messages).items():
                     rounds[profile][measure].append(value)
+        parts = bench.call("guarded", role="worker", module="parts")
     finally:
         stack.down()
     medians = {profile: {name: median(values) for name, values in found.items()} for profile, found in rounds.items()}
@@ -172,11 +173,11 @@ def main() -> int:
         for profile, measure, other, goal in GOALS
         for got in (ratio(medians, profile, measure, other),)
     ]
-    report = {"messages": options.messages, "rounds": rounds, "medians": medians, "goals": goals}
+    report = {"messages": options.messages, "rounds": rounds, "medians": medians, "goals": goals, "parts": parts}
     options.reports.mkdir(exist_ok=True)
     (options.reports / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (options.reports / "benchmark.svg").write_text(chart(medians), encoding="utf-8")
-    print(markdown(medians, goals, MEASURES))
+    print(markdown(medians, goals, MEASURES, parts))
     return 0
 
 

@@ -20,8 +20,9 @@ def markdown(
     medians: Mapping[str, Mapping[str, float]],
     goals: Sequence[Mapping[str, Any]],
     measures: Mapping[str, tuple[str, bool]],
+    parts: Mapping[str, float],
 ) -> str:
-    """Return the medians and the goals as two tables; each ratio is above 1 where ours is better."""
+    """Return medians, goals and what the layer's parts cost as tables; a ratio is above 1 where ours is better."""
     lines = [f"| | {' | '.join(NAMES.values())} |", "|---|" + "---:|" * len(NAMES)]
     for measure, (title, _) in measures.items():
         lines.append(f"| {title} | {' | '.join(f'{medians[profile][measure]:.4g}' for profile in NAMES)} |")
@@ -30,6 +31,8 @@ def markdown(
         title = f"{NAMES[goal['profile']]}, {measures[goal['measure']][0]}, against {NAMES[goal['against']]}"
         met = "met" if goal["reached"] >= goal["goal"] else "**missed**"
         lines.append(f"| {title} | {goal['goal']:.2f} | {goal['reached']:.2f} | {met} |")
+    lines += ["", "| part of ours | CPU µs for each message |", "|---|---:|"]
+    lines += [f"| {part} | {cost:.0f} |" for part, cost in parts.items()]
     return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from .baking import TEMPLATE, bake_again, workshop
 
 README = TEMPLATE / "README.md"
-BEGIN, END = "<!-- attacks -->", "<!-- /attacks -->"
 BROKERS = {"rabbitmq": "RabbitMQ", "redis": "Redis"}
 NO_SUCH_THING = "·"
 
@@ -60,9 +59,16 @@ def _merged(orders: list[list[str]]) -> list[str]:
     return merged
 
 
-def shown(readme: Path = README) -> str:
+def shown(what: str = "attacks", readme: Path = README) -> str:
     """Return what the README shows between its two marks."""
-    return readme.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+    return readme.read_text(encoding="utf-8").partition(f"<!-- {what} -->")[2].partition(f"<!-- /{what} -->")[0].strip()
+
+
+def show(what: str, text: str) -> None:
+    """Write it between these marks."""
+    begin, end = f"<!-- {what} -->", f"<!-- /{what} -->"
+    head, _, rest = README.read_text(encoding="utf-8").partition(begin)
+    README.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def attacked(broker: str, folder: str) -> list[dict[str, Any]]:
@@ -76,9 +82,7 @@ def attacked(broker: str, folder: str) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Attack, and write the table."""
-    written = table([*attacked("rabbitmq", "test"), *attacked("redis", "test-redis")])
-    head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    README.write_text(f"{head}{BEGIN}\n{written}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    show("attacks", table([*attacked("rabbitmq", "test"), *attacked("redis", "test-redis")]))
     return 0
 
 
