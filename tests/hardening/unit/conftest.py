@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import settings
 
 from .desk import desk, one_desk
+from .room import one_room, room
 
-__all__ = ["desk", "one_desk"]
+__all__ = ["desk", "one_desk", "one_room", "room"]
 
 settings.register_profile("hardening", deadline=None, database=None)
 settings.load_profile("hardening")
