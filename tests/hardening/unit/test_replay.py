@@ -15,7 +15,7 @@ from ...project import codec, consumer, envelope, errors, gate, hardening, repla
 from ...service import MemoryStore, Service
 from . import documents
 from .desk import Channel, delivered
-from .test_harden import _settings
+from .hardened import _settings
 
 REPLAYED = "message.replayed"
 
