@@ -59,7 +59,7 @@ def test_every_setting_has_the_safe_value(worker: Settings, own: str) -> None:
         "worker_prefetch_multiplier": 1,
         "worker_max_tasks_per_child": 1000,
         "worker_max_memory_per_child": 512 * 1024,
-        "worker_eta_task_limit": 10_000,
+        "worker_eta_task_limit": 2_000,
         "result_expires": 3600,
     }
     assert {name: getattr(conf, name) for name in expected} == expected

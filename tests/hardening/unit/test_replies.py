@@ -40,7 +40,7 @@ def test_what_cannot_be_sent_is_an_error_and_no_crash(room: Room, value: Any) ->
     assert answer(room, value) == {"error": "it cannot be sent"}
 
 
-def asked(room: Room, *answers: Callable[[str], tuple[Any, dict[str, Any]]], limit: int | None = None) -> Any:
+def asked(room: Room, *answers: Callable[[str], tuple[Any, dict[str, Any]]], **options: Any) -> Any:
     """Ask as the operator over the in-memory broker, where each answer waits once the command is out."""
     app = room.party("operator").app
     with app.connection_for_write() as connection:
@@ -57,7 +57,7 @@ def asked(room: Room, *answers: Callable[[str], tuple[Any, dict[str, Any]]], lim
                     producer.publish(body, exchange=exchange, routing_key="operator", **options)
 
         mailbox._send = send
-        return mailbox._broadcast("ping", reply=True, timeout=0.2, limit=limit)
+        return mailbox._broadcast("ping", reply=True, timeout=0.2, **options)
 
 
 def genuine(room: Room, node: str = NODE, role: str = "worker", **changes: Any) -> Any:
@@ -72,6 +72,10 @@ def test_replies_of_workers_are_returned_once_for_each_node(room: Room) -> None:
     both = asked(room, genuine(room), genuine(room), genuine(room, "worker.2@test"))
     assert both == [{NODE: "pong"}, {"worker.2@test": "pong"}]
     assert asked(room) == []
+
+
+def test_a_node_that_was_not_asked_answers_in_vain(room: Room) -> None:
+    assert asked(room, genuine(room, "worker.9@x"), genuine(room), destination=[NODE]) == [{NODE: "pong"}]
 
 
 FOREIGN: dict[str, Callable[[Room], Any]] = {

@@ -65,3 +65,13 @@ def test_a_pools_child_hands_its_parent_an_exception_and_no_stored_form(store: S
     """Celery asks for ``pickle`` where it reports its own failures; it needs an exception there."""
     handed = store.service.worker.app.backend.prepare_exception(ValueError("x"), "pickle")
     assert isinstance(handed, ValueError)
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_worker_that_was_taken_over_cannot_end_its_callers(store: Store, kind: type[BaseException]) -> None:
+    stored = store.service.worker.app.backend.prepare_exception(kind("x"))
+    result = store.service.client.app.AsyncResult("an-id")
+    value = {"status": "FAILURE", "result": stored, "task_id": result.id, "traceback": None, "children": []}
+    store.write(result, _signed(store, value))
+    with pytest.raises(RuntimeError, match=kind.__name__):
+        result.get(timeout=1)
