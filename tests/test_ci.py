@@ -6,6 +6,7 @@ Controls: SUP-5, SUP-6, SUP-7, SUP-8, IMG-2, TPL-3.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from .baking import PROJECT, TEMPLATE
+from .baking import PROJECT, TEMPLATE, bake
+from .test_kubernetes import ACCEPTED
 
 GITHUB = [TEMPLATE / ".github", PROJECT / ".github"]
 WORKFLOWS = [path for folder in GITHUB for path in sorted(folder.glob("workflows/*.yml"))]
@@ -56,6 +58,12 @@ def test_a_job_is_given_nothing_but_what_is_explained(workflow: Path) -> None:
     grants = re.findall(r"^ {6}[a-z-]+: (?:read|write)\b(.*)$", workflow.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(grants) == sum(len(job["permissions"]) for job in jobs(workflow).values())
     assert all(re.fullmatch(r" # to \w.+", reason) for reason in grants)
+
+
+def test_an_analysis_may_read_its_own_run() -> None:
+    """Else it ends with an error in a private repository."""
+    for name in ("codeql", "scorecard"):
+        assert jobs(PROJECT / ".github/workflows/security.yml")[name]["permissions"]["actions"] == "read"
 
 
 @workflows
@@ -177,18 +185,92 @@ def test_what_trivy_finds_and_can_be_mended_stops_a_pull_request_and_a_release_l
     security = PROJECT / ".github/workflows/security.yml"
     job = jobs(security)["trivy"]
     assert runs_for_pull_requests(job)
-    scans = {step["with"]["scan-type"]: step["with"] for step in job["steps"] if "trivy-action" in step.get("uses", "")}
-    assert scans.keys() == {"config", "image"}
-    for scan in scans.values():
+    scans = [step["with"] for step in job["steps"] if "trivy-action" in step.get("uses", "")]
+    assert [scan["scan-type"] for scan in scans] == ["config", "config", "image"]
+    for scan in scans:
         assert scan["exit-code"] == "1"
         assert {"HIGH", "CRITICAL"} <= set(scan["severity"].split(","))
     (build,) = [step["run"] for step in job["steps"] if "run" in step]
-    assert f"--tag {scans['image']['image-ref']} --file Dockerfile ." in build
+    assert f"--tag {scans[-1]['image-ref']} --file Dockerfile ." in build
     assert "schedule" in read(security)[True], "advisories appear without a push"
     (built,) = [
         step["with"] for step in steps(security.with_name("release.yml")) if "build-push" in step.get("uses", "")
     ]
     assert built["sbom"] is True
+
+
+#: What each input of the action is to Trivy.
+INPUTS = {name: f"--{name}" for name in ("severity", "exit-code", "skip-dirs")} | {"trivyignores": "--ignorefile"}
+
+
+def configuration_scans(project: Path, trivy: Path) -> tuple[int, str]:
+    """Do what the job does to configuration: its scans, and its commands with a Docker that does nothing."""
+    docker = project.parent / "programs" / "docker"
+    docker.parent.mkdir(exist_ok=True)
+    docker.write_text("#!/bin/sh\n", encoding="ascii")
+    docker.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{docker.parent}:{os.environ['PATH']}"}
+    status, said = 0, ""
+    for step in jobs(project / ".github/workflows/security.yml")["trivy"]["steps"]:
+        inputs = dict(step.get("with", {}))
+        if "run" in step:
+            command = ["bash", "-e", "-c", step["run"]]
+        elif inputs.pop("scan-type", "") == "config":
+            place = inputs.pop("scan-ref")
+            assert inputs.pop("cache") == "false"
+            options = [part for name, value in inputs.items() for part in (INPUTS[name], value)]
+            command = [str(trivy), "config", "--quiet", "--skip-check-update", *options, place]
+        else:
+            continue
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+        status, said = max(status, done.returncode), said + done.stdout + done.stderr
+    return status, said
+
+
+SCANNED: dict[str, dict[str, str]] = {"default": {}, "redis": {"broker": "redis"}, "bare": {"kubernetes": "no"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", SCANNED)
+def test_the_configuration_scans_of_the_pipeline_find_nothing(
+    answers: str, template: Path, kubernetes_tools: Path, tmp_path: Path
+) -> None:
+    project = bake(tmp_path / "out", template, SCANNED[answers])
+    status, said = configuration_scans(project, kubernetes_tools / "trivy")
+    assert status == 0, said
+    assert "Dockerfile" in said
+    assert ("prod.yaml" in said) == (answers != "bare")
+
+
+WEAKENED = {
+    "DS-0002": ("Dockerfile", "USER 10001:10001\n", "USER root\n"),
+    "KSV-0014": (
+        "deploy/kubernetes/base/workloads.yaml",
+        "readOnlyRootFilesystem: true",
+        "readOnlyRootFilesystem: false",
+    ),
+    "KSV-0013": ("deploy/kubernetes/overlays/prod/kustomization.yaml", "    digest: sha256:" + "0" * 64 + "\n", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finding", WEAKENED)
+def test_the_configuration_scans_of_the_pipeline_find_what_is_planted(
+    finding: str, template: Path, kubernetes_tools: Path, tmp_path: Path
+) -> None:
+    project = bake(tmp_path / "out", template)
+    name, old, new = WEAKENED[finding]
+    text = (project / name).read_text(encoding="utf-8")
+    assert old in text
+    (project / name).write_text(text.replace(old, new), encoding="utf-8")
+    status, said = configuration_scans(project, kubernetes_tools / "trivy")
+    assert status == 1
+    assert finding in said
+
+
+def test_what_the_pipeline_passes_over_has_a_reason_here_too() -> None:
+    text = (PROJECT / ".github/workflows/security.yml").read_text(encoding="utf-8")
+    assert set(re.findall(r"[A-Z]+-\d{4}", text)) == {"KSV-0125"} < ACCEPTED.keys()
 
 
 SCHEMAS = {
