@@ -181,6 +181,46 @@ def test_a_release_is_built_once_and_signed_and_verified_before_it_is_named() ->
     ]
 
 
+def test_a_release_on_github_passes_every_gate_before_it_is_built() -> None:
+    """GitLab's does too: all its jobs run for a tag."""
+    release = PROJECT / ".github/workflows/release.yml"
+    passed = {
+        line for name, lines in gates(release).items() if name in jobs(release)["build"]["needs"] for line in lines
+    }
+    for name in jobs(release)["build"]["needs"]:
+        job = jobs(release)[name]
+        if "uses" in job:
+            called = PROJECT / job["uses"].removeprefix("$/")
+            assert "workflow_call" in read(called)[True]
+            asked = {(of, grant) for each in jobs(called).values() for of, grant in each["permissions"].items()}
+            assert asked == set(job["permissions"].items()), (
+                "more is not given, and a job that asks for more never starts"
+            )
+            passed |= {line for lines in gates(called).values() for line in lines}
+    assert passed == {f"make {gate}" for gate in GATES}
+
+
+def test_a_called_workflow_does_not_end_another_one() -> None:
+    """A workflow that is called has its caller's name and run: its own name keeps its group apart."""
+    for path in OURS:
+        if "workflow_call" in read(path)[True]:
+            assert read(path)["concurrency"]["group"].startswith(f"{path.stem}-")
+            assert "github.run_id" in read(path)["concurrency"]["group"]
+
+
+def test_gitlab_names_an_image_when_it_is_verified() -> None:
+    script = jobs(GITLAB)["release"]["script"]
+    *before, last = script
+    name = '"docker://$CI_REGISTRY_IMAGE:$CI_COMMIT_TAG"'
+    assert last == f'skopeo copy --preserve-digests "docker://$IMAGE" {name}'
+    assert before[-1].startswith("cosign verify-attestation")
+    assert not [line for line in before if "CI_REGISTRY_IMAGE:$CI_COMMIT_TAG" in line]
+    assert '$IMAGE"' in before[-1]
+    assert 'IMAGE="$CI_REGISTRY_IMAGE@$(cat reports/digest)"' in before
+    (install,) = [line for line in before if "apt-get install" in line]
+    assert {"buildah", "cosign", "skopeo"} < set(install.split())
+
+
 def test_what_trivy_finds_and_can_be_mended_stops_a_pull_request_and_a_release_lists_what_it_holds() -> None:
     security = PROJECT / ".github/workflows/security.yml"
     job = jobs(security)["trivy"]
