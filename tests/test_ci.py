@@ -313,6 +313,89 @@ def test_what_the_pipeline_passes_over_has_a_reason_here_too() -> None:
     assert set(re.findall(r"[A-Z]+-\d{4}", text)) == {"KSV-0125"} < ACCEPTED.keys()
 
 
+#: How an image is named here, wherever it is.
+PIN = re.compile(r"([a-z0-9./-]+:[A-Za-z0-9._-]+)@(sha256:[0-9a-f]{64})")
+REGISTRY = """#!/bin/sh
+test "$1 $2 $3 $5 $6" = "buildx imagetools inspect --format {{.Manifest.Digest}}" || exit 9
+echo "$4" >>"$0.asked"
+grep "^$4 " "$0.newest" | cut -d " " -f 2 | grep .
+"""
+
+
+def pinned(project: Path, *folders: str) -> set[tuple[str, str]]:
+    """Give the images that are named below folders of a project, each with its digest."""
+    files = [
+        path for folder in folders for path in [project / folder, *(project / folder).rglob("*")] if path.is_file()
+    ]
+    return {pin for path in files for pin in PIN.findall(path.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("answers", [{}, {"broker": "redis"}, {"kubernetes": "no"}], ids=["default", "redis", "bare"])
+def test_each_week_a_job_says_which_image_is_old_that_dependabot_does_not_follow(
+    answers: dict[str, str], template: Path, tmp_path: Path
+) -> None:
+    """It follows no `ARG`, no job's container, and in manifests neither a YAML anchor nor `docker.io/`."""
+    project = bake(tmp_path / "out", template, answers)
+    for arguments in (["init", "--quiet"], ["add", "--all"]):
+        subprocess.run(["git", *arguments], cwd=project, check=True)
+    docker = tmp_path / "programs" / "docker"
+    docker.parent.mkdir()
+    docker.write_text(REGISTRY, encoding="ascii")
+    docker.chmod(0o755)
+    job = jobs(project / ".github/workflows/security.yml")["images"]
+    assert job["if"] == "github.event_name == 'schedule'"
+    (command,) = [step["run"] for step in job["steps"] if "run" in step]
+    pins = pinned(project, "Dockerfile", ".github", "deploy")
+    assert len(pins) == (2 if "kubernetes" in answers else 3 if "broker" in answers else 4)
+
+    def look(newest: dict[str, str]) -> tuple[int, str]:
+        docker.with_name("docker.newest").write_text("".join(f"{name} {digest}\n" for name, digest in newest.items()))
+        environment = {**os.environ, "PATH": f"{docker.parent}:{os.environ['PATH']}"}
+        options: dict[str, Any] = {"cwd": project, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "-e", "-c", command], check=False, **options)
+        return done.returncode, done.stdout
+
+    assert look(dict(pins)) == (0, "")
+    assert sorted(docker.with_name("docker.asked").read_text().split()) == sorted(name for name, _ in pins)
+    for name, digest in pins:
+        status, said = look({**dict(pins), name: "sha256:" + "1" * 64})
+        assert status == 1
+        assert said.startswith("::error::")
+        assert all(part in said for part in (name, digest, "sha256:" + "1" * 64))
+        assert look({other: known for other, known in pins if other != name})[0] != 0, "nobody answers"
+    (project / "Dockerfile").write_text("FROM scratch\n", encoding="ascii")
+    subprocess.run(["git", "rm", "--quiet", "-r", "--cached", ".github", "deploy"], cwd=project, check=True)
+    assert look(dict(pins))[0] != 0, "nothing to look at proves nothing"
+
+
+def test_dependabot_is_told_of_no_folder_that_is_not_there_or_holds_nothing_for_it(default: Path) -> None:
+    entries = read(default / ".github/dependabot.yml")["updates"]
+    watched = {entry["package-ecosystem"]: entry["directory"] for entry in entries}
+    assert watched.keys() == {"pip", "github-actions", "docker-compose"}, "a FROM with an ARG is nothing to `docker`"
+    assert list(default.glob(f".{watched['pip']}/*.txt"))
+    assert pinned(default, "deploy/kubernetes") <= pinned(default, "compose.yaml"), "what it updates there is used here"
+
+
+@pytest.mark.parametrize("answers", [{}, {"broker": "redis"}], ids=["default", "redis"])
+def test_renovate_sees_every_image_of_the_manifests(answers: dict[str, str], template: Path, tmp_path: Path) -> None:
+    """Its own manager for them sees no image behind a YAML anchor. The Dockerfile's `ARG` it follows by itself."""
+    project = bake(tmp_path / "out", template, {"ci": "gitlab", **answers})
+    (manager,) = json.loads((project / "renovate.json").read_text(encoding="utf-8"))["customManagers"]
+    assert (manager["customType"], manager["datasourceTemplate"]) == ("regex", "docker")
+    (files,), (image,) = (
+        [re.compile(text.replace("(?<", "(?P<")) for text in manager[key]]
+        for key in ("managerFilePatterns", "matchStrings")
+    )
+    chosen = re.compile(files.pattern.strip("/"))
+    found = set()
+    for path in project.rglob("*"):
+        if chosen.search(str(path.relative_to(project))):
+            for match in image.finditer(path.read_text(encoding="utf-8")):
+                found.add((f"{match['depName']}:{match['currentValue']}", match["currentDigest"]))
+    assert found == pinned(project, "deploy/kubernetes")
+    assert found
+
+
 SCHEMAS = {
     "vendor.github-workflows": WORKFLOWS,
     "custom.github-workflows-require-timeout": WORKFLOWS,
