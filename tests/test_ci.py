@@ -396,6 +396,16 @@ def test_renovate_sees_every_image_of_the_manifests(answers: dict[str, str], tem
     assert found
 
 
+@pytest.mark.parametrize("folder", [TEMPLATE, PROJECT], ids=["template", "project"])
+def test_a_newcomer_s_first_branch_is_the_one_that_pipelines_are_about(folder: Path) -> None:
+    """Git's default may be another one, and nothing would run there."""
+    pushes = [read(path)[True]["push"] for path in OURS if "push" in read(path)[True]]
+    assert {branch for push in pushes for branch in push.get("branches", ["main"])} == {"main"}
+    told = re.findall(r"git init\b.{0,22}", (folder / "README.md").read_text(encoding="utf-8"))
+    assert told
+    assert all(command.startswith("git init --initial-branch main") for command in told)
+
+
 SCHEMAS = {
     "vendor.github-workflows": WORKFLOWS,
     "custom.github-workflows-require-timeout": WORKFLOWS,
