@@ -172,6 +172,105 @@ def test_what_is_issued_is_what_is_mounted(tmp_path: Path, document: dict[str, A
     assert not [source for source in folders if any(key.startswith(f"{source[2:]}/") for key in authorities)]
 
 
+# -- its user ---------------------------------------------------------------------------------------------------------
+
+OWN_USER = "4711:4712"
+#: As a person who is not root.
+AS_A_PERSON = """
+import os, sys
+from pathlib import Path
+from stack import Stack, compose
+os.geteuid, os.getegid = lambda: 4711, lambda: 4712
+compose.run(Stack(Path.cwd()), sys.argv[1])
+"""
+#: Docker, which does nothing but to write down for whom and what.
+DOCKER = """#!/bin/sh
+echo "$STACK_USER $*" >>"$0.log"
+test "$*" != "compose config --services" || echo worker
+test "$*" != info || cat "$0.info"
+"""
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> Path:
+    program = tmp_path / "programs" / "docker"
+    program.parent.mkdir()
+    program.write_text(DOCKER, encoding="ascii")
+    program.chmod(0o755)
+    program.with_name("docker.info").write_text("Security Options:\n  seccomp\n   Profile: builtin\n", encoding="ascii")
+    return program
+
+
+def compose(project: Path, docker: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Do what ``STACK=compose make`` does."""
+    variables = {"PATH": f"{docker.parent}:{os.defpath}"}
+    arguments = [sys.executable, "-B", "-c", AS_A_PERSON, command]
+    return subprocess.run(arguments, cwd=project, env=variables, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("own", ["", "COLOUR=blue\n# mine\nSTACK_USERS=two"])
+def test_compose_s_own_commands_know_whose_the_keys_are(own: str, tmp_path: Path, docker: Path) -> None:
+    """It reads ``.env``, which git ignores; what a person has written there stays."""
+    project = bake(tmp_path / "out")
+    file = project / ".env"
+    if own:
+        file.write_text(own, encoding="ascii")
+        file.chmod(0o640)
+    for _ in range(2):
+        done = compose(project, docker, "up")
+        assert done.returncode == 0, done.stderr
+        assert file.read_text(encoding="ascii") == (own and own + "\n") + f"STACK_USER={OWN_USER}\n"
+    assert f"{OWN_USER} compose up --detach\n" in docker.with_name("docker.log").read_text(encoding="ascii")
+    assert ".env" in (project / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert compose(project, docker, "down").returncode == 0
+    assert file.exists() == bool(own)
+    if own:
+        assert file.read_text(encoding="ascii") == own + "\n"
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+@pytest.mark.slow
+def test_every_service_is_run_as_the_user_whose_the_keys_are(tmp_path: Path, docker: Path) -> None:
+    project = bake(tmp_path / "out")
+    assert compose(project, docker, "up").returncode == 0
+    docker.with_name("podman").write_text("#!/bin/sh\necho podman version 5.0.0\n", encoding="ascii")
+    docker.with_name("podman").chmod(0o755)
+    done = subprocess.run(
+        [environment("image") / "bin/podman-compose", "--profile", "client", "config"],
+        cwd=project,
+        env={"PATH": f"{docker.parent}:{os.defpath}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    services = yaml.safe_load(done.stdout)["services"]
+    assert "client" in services
+    assert {service["user"] for service in services.values()} == {OWN_USER}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Security Options:\n  seccomp\n  rootless\n",
+        "Security Options:\n  userns\n",
+        "  security:\n    rootless: true\n",
+    ],
+    ids=["docker", "remapped", "podman"],
+)
+def test_an_engine_that_maps_users_is_refused_before_anything_is_issued(
+    said: str, tmp_path: Path, docker: Path
+) -> None:
+    project = bake(tmp_path / "out")
+    docker.with_name("docker.info").write_text(said, encoding="ascii")
+    done = compose(project, docker, "up")
+    assert done.returncode == 1
+    assert re.search(
+        "StackFailed: .* maps users, .* could not read their keys: .+, or unset STACK$", done.stderr.strip()
+    )
+    assert not (project / ".stack-compose").exists()
+    assert not (project / ".env").exists()
+
+
 # -- at work ----------------------------------------------------------------------------------------------------------
 
 SOON = 90  # seconds
@@ -233,7 +332,6 @@ def test_it_comes_up_and_works_and_its_worker_reaches_nothing_else(broker: str) 
             for name in ("my-service_broker_1", "my-service_backend_1"):  # Docker's Compose waits for them itself
                 until(partial(healthy, name), SOON)
             until(lambda: " ready." in engine("logs", "my-service_worker_1").stderr, SOON)
-            variables["STACK_USER"] = "10001:10001"
             printed = call("podman-compose", "--profile", "client", "run", "--rm", "--no-deps", "client")
             for role in ("client", "worker"):
                 assert f"signed by spiffe://my-service.test/development/my-service/{role}" in printed

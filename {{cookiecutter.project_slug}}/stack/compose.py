@@ -3,13 +3,15 @@
 Guards against: containers that share keys. Each service's folder holds what that account logs in and signs with, and
 nothing else; the authorities' keys are mounted nowhere.
 Rests on: Docker's or Podman's Compose, and on the files belonging to the one user that all containers run as: who calls
-this, or the image's user where that is root.
+this, or the image's user where that is root. ``.env``, which Compose reads and Git ignores, tells its own commands too.
+An engine that maps users would make that somebody else, and is refused.
 Controls: CMP-1, DAT-3.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -24,6 +26,9 @@ FOLDER = ".stack-compose"  # compose.yaml names it
 _IMAGE_USER = 10001  # the Dockerfile's
 #: Each with a command that only works where all of it is there.
 _ENGINES = ((("docker", "compose"), "ls"), (("podman-compose",), "version"))
+#: What `docker info` or `podman info` says of one whose containers' users are other ones here.
+_MAPS_USERS = re.compile(r"^\s*(rootless|userns)(: true)?\s*$", re.MULTILINE)
+_SETTING = "STACK_USER"
 #: Folders that a service writes to.
 _DATA = ("broker-data", "beat-data", "uploads", "output")
 
@@ -36,15 +41,18 @@ def run(stack: Stack, command: str) -> int:
     """
     folder = stack.project / FOLDER
     if command == "up":
+        _require_same_users()
         _require_services(stack)
         record = Record(folder)
         with record.locked():
             if not (folder / "backend/users.acl").exists():  # with other passwords, servers that run would refuse
                 issue(stack)
+        _tell_compose(stack, _user())
         _engine(stack, "up", "--detach")
     elif command == "down":
         _engine(stack, "--profile", "client", "down")
         shutil.rmtree(folder, ignore_errors=True)
+        _tell_compose(stack, "")
     elif command == "status":
         _engine(stack, "ps")
     else:
@@ -93,6 +101,32 @@ def _account() -> Account:
     return Account.unprivileged()
 
 
+def _user() -> str:
+    account = _account()
+    return f"{account.uid}:{account.gid}"
+
+
+def _tell_compose(stack: Stack, user: str) -> None:
+    """Write the user into ``.env``, or nobody; the rest of it is a person's."""
+    file = stack.project / ".env"
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = [line for line in before.splitlines() if not line.startswith(f"{_SETTING}=")]
+    lines += [f"{_SETTING}={user}"] if user else []
+    if lines:
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif before:
+        file.unlink()
+
+
+def _require_same_users() -> None:
+    program = _program()[0].removesuffix("-compose")
+    if _MAPS_USERS.search(subprocess.run([program, "info"], capture_output=True, text=True, check=False).stdout):
+        raise StackFailed(
+            f"{program} maps users, as rootless engines do, so containers could not read their keys: "
+            "use an engine that maps none, or unset STACK"
+        )
+
+
 def _require_services(stack: Stack) -> None:
     listed = set(_engine(stack, "config", "--services", capture_output=True).stdout.split())
     for pool in stack.topology.pools:
@@ -100,13 +134,16 @@ def _require_services(stack: Stack) -> None:
             raise StackFailed(f"compose.yaml has no service {service(pool)} for that pool: add one, like `worker`")
 
 
-def _engine(stack: Stack, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def _program() -> tuple[str, ...]:
     engine = next((engine for engine, check in _ENGINES if shutil.which(engine[0]) and _works(*engine, check)), None)
     if engine is None:
         raise StackFailed("neither `docker compose` nor `podman-compose` works here: install one, or unset STACK")
-    account = _account()
-    environment = {**os.environ, "STACK_USER": f"{account.uid}:{account.gid}"}
-    command = [*engine, *arguments]
+    return engine
+
+
+def _engine(stack: Stack, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, _SETTING: _user()}
+    command = [*_program(), *arguments]
     done = subprocess.run(command, cwd=stack.project, env=environment, text=True, check=False, **options)
     if done.returncode:
         raise StackFailed(f"`{' '.join(command)}` failed with status {done.returncode}{done.stderr or ''}")

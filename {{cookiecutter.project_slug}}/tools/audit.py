@@ -2,9 +2,9 @@
 
 Guards against: pip-audit's silences. It passes over pins whose marker is about another platform, over packages that
 the service does not know, and over advisories that it cannot read.
-Rests on: its report, in which every pin of every file must be. An advisory is passed over if ``ignored.toml`` beside
-one of the files says why, and until when, at most half a year ahead. Another service is asked as pip-audit has it:
-``PIP_AUDIT_VULNERABILITY_SERVICE=osv PIP_AUDIT_OSV_URL=...``.
+Rests on: its report, in which every pin of every file must be. A line that is no pin ends the audit. An advisory is
+passed over if ``ignored.toml`` beside one of the files says why, and until when, at most half a year ahead. Another
+service is asked as pip-audit has it: ``PIP_AUDIT_VULNERABILITY_SERVICE=osv PIP_AUDIT_OSV_URL=...``.
 Controls: SUP-2.
 """
 
@@ -17,23 +17,47 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)([^\n]*(?:\n[ \t]+[^\n]*)*)", re.MULTILINE)
+HASH = re.compile(r"--hash=[a-z0-9]+:[0-9a-f]+")
 LONGEST = datetime.timedelta(days=183)
 
 
+def lines(lock: Path) -> Iterator[tuple[int, str]]:
+    """Give each line with its number: continued ones as one, without comments."""
+    begins, whole = 0, ""
+    for number, line in enumerate([*lock.read_text(encoding="utf-8").splitlines(), ""], 1):
+        part = re.sub(r"(^|\s)#.*", "", line).rstrip()
+        begins = begins if whole else number
+        whole += part.removesuffix("\\") + " "
+        if not part.endswith("\\"):
+            if whole.strip():
+                yield begins, whole.strip()
+            whole = ""
+
+
 def pins(locks: list[Path]) -> dict[tuple[str, str], str]:
-    """Return each name and version with its hashes, whichever platform it is for."""
-    found = {}
+    """Return each name and version with its hashes, whichever platform it is for, or end with what is no pin."""
+    found: dict[tuple[str, str], str] = {}
     for lock in locks:
-        for name, version, rest in PIN.findall(lock.read_text(encoding="utf-8")):
-            hashes = re.findall(r"--hash=\S+", rest)
-            found[canonicalize_name(name), str(Version(version))] = " ".join([f"{name}=={version}", *hashes])
+        for number, line in lines(lock):
+            requirement, *hashes = re.split(r"\s+(?=--hash=)", line)
+            try:
+                read = Requirement(requirement)
+                (pin,) = read.specifier
+                if pin.operator != "==" or not all(map(HASH.fullmatch, hashes)):
+                    raise ValueError(line)
+                key = canonicalize_name(read.name), str(Version(pin.version))
+            except ValueError:
+                fix = "pin it as name==version: by requirements/*.in and `make lock`"
+                raise SystemExit(f"audit: {lock}:{number}: {line[:80]!r} is no pin to ask about: {fix}") from None
+            found[key] = " ".join([f"{read.name}=={pin.version}", *hashes])
     if not found:
         raise SystemExit("audit: these files lock nothing, so there is nothing to ask about")
     return found

@@ -31,14 +31,14 @@ from flower.views.workers import WorkersView, WorkerView
 from pydantic import Field
 from pydantic_settings import NoDecode
 from tornado.httpserver import HTTPServer
-from tornado.ioloop import IOLoop
+from tornado.ioloop import IOLoop, PeriodicCallback
 from tornado.netutil import bind_sockets
 from tornado.web import OutputTransform, RequestHandler, StaticFileHandler
 
 from .app import app
 from .hardening import ConfigurationRefused, audit
 from .hardening.consumer import preflight
-from .hardening.files import read_private_file
+from .hardening.files import Watched, read_private_file
 from .hardening.identity import Role
 from .hardening.policy import COMMANDS
 from .hardening.settings import PREFIX
@@ -245,12 +245,19 @@ class Monitor(Flower):
 def main() -> None:
     """Serve until it is ended."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+
+    def renew() -> str:
+        server.ssl_options = settings.server_tls()  # of each new connection; half a pair raises, and changes nothing
+        return "serves with the new certificate"
+
     try:
         settings = FlowerSettings()
+        files = Watched("credentials", (settings.flower_certificate, settings.flower_key), flower=renew)
         monitor, context = Monitor(settings), settings.server_tls()
     except ConfigurationRefused as refusal:
         raise SystemExit(f"Refused to start. {refusal}") from None
     server = HTTPServer(monitor, ssl_options=context, max_body_size=BODY, body_timeout=PATIENCE)
+    PeriodicCallback(files.look, files.LOOK * 1000).start()
     server.add_sockets(bind_sockets(settings.flower_port, str(settings.flower_address)))
     logger.info("flower: Serving on https://%s:%d", settings.flower_address, settings.flower_port)
     monitor.start()
