@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +76,11 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return known[key]
 
     return get
+
+
+@pytest.fixture
+def library(default: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Import the default project's own modules."""
+    monkeypatch.syspath_prepend(str(default / "src"))
+    monkeypatch.syspath_prepend(str(default))
+    return importlib.import_module

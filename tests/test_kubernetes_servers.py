@@ -21,8 +21,8 @@ from .kubernetes import (
     COMPONENTS,
     OVERLAYS,
     Build,
-    Manifests,
     Object,
+    config_map,
     reachability,
     run,
 )
@@ -87,24 +87,6 @@ def test_the_probe_fails_when_what_is_forbidden_works(build: Build, listener: in
 
 
 # Accounts
-
-
-@pytest.fixture
-def library(default: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Import the default project's own modules."""
-    monkeypatch.syspath_prepend(str(default / "src"))
-    monkeypatch.syspath_prepend(str(default))
-    return importlib.import_module
-
-
-def config_map(manifests: Manifests, name: str) -> dict[str, str]:
-    """The data of the map of that name, whatever hash it ends with."""
-    (found,) = (
-        each
-        for each in manifests.of("ConfigMap")
-        if re.fullmatch(rf"{name}(-[a-z0-9]{{10}})?", each["metadata"]["name"])
-    )
-    return dict(found["data"])
 
 
 def test_cluster_and_local_stack_have_the_same_accounts_and_rights(

@@ -1,0 +1,125 @@
+"""What the programs around the service make of the manifests: Erlang, Redis, KEDA, Kyverno, Cilium, oauth2-proxy."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from .kubernetes import Build, Object, config_map
+
+USAGES = {"server auth": ExtendedKeyUsageOID.SERVER_AUTH, "client auth": ExtendedKeyUsageOID.CLIENT_AUTH}
+
+
+def issue(folder: Path, spec: Object, *more_names: str) -> None:
+    """Issue what cert-manager would for this specification, with the keys of its Secret as names of files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tls CA")]), datetime.now(UTC)
+
+    def sign(subject: x509.Name, owner: ec.EllipticCurvePrivateKey, *extensions: x509.ExtensionType) -> bytes:
+        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(ca_name).public_key(owner.public_key())
+        builder = builder.serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(minutes=5))
+        builder = builder.not_valid_after(now + timedelta(hours=168))
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        return builder.sign(ca_key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    (folder / "ca.crt").write_bytes(sign(ca_name, ca_key, x509.BasicConstraints(ca=True, path_length=None)))
+    certificate = sign(
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, spec["commonName"])]),
+        key,
+        x509.BasicConstraints(ca=False, path_length=None),
+        x509.SubjectAlternativeName([x509.DNSName(name) for name in (*spec["dnsNames"], *more_names)]),
+        x509.ExtendedKeyUsage([USAGES[usage] for usage in spec["usages"] if usage in USAGES]),
+    )
+    (folder / "tls.crt").write_bytes(certificate)
+    (folder / "tls.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def free_port() -> int:
+    """Give a port of loopback that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running(*command: object, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run a program until the block ends."""
+    process = subprocess.Popen([*map(str, command)], env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+# RabbitMQ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["dev", "prod"])
+def test_the_brokers_nodes_believe_each_other_by_their_certificate(
+    build: Build, library: Callable[[str], Any], tmp_path: Path, overlay: str
+) -> None:
+    """Two Erlang nodes with the options, the names and the certificate that the cluster gives them."""
+    library("stack.install").require_servers("rabbitmq-server")
+    manifests = build("default", overlay)
+    (certificate,) = (
+        each["spec"] for each in manifests.of("Certificate") if each["metadata"]["name"] == "server-broker"
+    )
+    namespace = manifests.of("Namespace")[0]["metadata"]["name"]
+    issue(tmp_path / "tls", certificate)
+    nodes = config_map(manifests, "broker-cluster")["nodes.config"].replace("/etc/rabbitmq-tls", str(tmp_path / "tls"))
+    exact, count = re.subn(r",\s*\{customize_hostname_check.*?\)\}\]\}", "", nodes, flags=re.DOTALL)
+    given = manifests.one("RabbitmqCluster", "broker")["spec"]["rabbitmq"]["envConfig"]
+    (flags,) = re.findall(r'^SERVER_ADDITIONAL_ERL_ARGS="(.*)"$', given, re.MULTILINE)
+    assert f'RABBITMQ_CTL_ERL_ARGS="{flags}"' in given
+
+    names = [f"broker-server-{number}.broker-nodes.{namespace}" for number in range(2)]
+    (tmp_path / "inetrc").write_text(f'{{host, {{127,0,0,1}}, ["{names[0]}", "{names[1]}"]}}.\n{{lookup, [file]}}.\n')
+    callers = ("rabbit", "other")
+    env = {
+        **{"PATH": os.environ["PATH"], "HOME": str(tmp_path), "ERL_INETRC": str(tmp_path / "inetrc")},
+        **{"ERL_EPMD_ADDRESS": "127.0.0.1", "ERL_EPMD_PORT": str(free_port())},
+    }
+
+    def erlang(number: int, options: Path, code: str) -> list[str]:
+        own = [*flags.replace("/etc/rabbitmq/nodes.config", str(options)).split(), "-start_epmd", "false"]
+        own += ["-kernel", "inet_dist_use_interface", "{127,0,0,1}", "-setcookie", "of-this-test-alone"]
+        return ["erl", "-noinput", "-name", f"{callers[number]}@{names[number]}", *own, "-eval", code]
+
+    def ping(options: Path) -> str:
+        code = f"io:format(\"~s\", [net_adm:ping('rabbit@{names[0]}')]), halt()."
+        done = subprocess.run(erlang(1, options, code), env=env, capture_output=True, text=True, check=False)
+        return done.stdout[-4:]
+
+    texts = {"given": nodes, "exact": exact}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.config").write_text(text, encoding="utf-8")
+    with (
+        running("epmd", "-port", env["ERL_EPMD_PORT"], "-address", "127.0.0.1", env=env),
+        running(*erlang(0, tmp_path / "given.config", 'io:format("ready~n").'), env=env) as node,
+    ):
+        assert node.stdout
+        assert "ready" in node.stdout.readline()
+        assert ping(tmp_path / "given.config") == "pong"
+        assert (count, ping(tmp_path / "exact.config")) == (1, "pang"), "without it no wildcard is believed"
+        # Somebody else's certificate of another CA.
+        issue(tmp_path / "other", certificate)
+        (tmp_path / "other.config").write_text(nodes.replace(str(tmp_path / "tls"), str(tmp_path / "other")))
+        assert ping(tmp_path / "other.config") == "pang"
