@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from .baking import TEMPLATE
 from .kubernetes import Build, Object, config_map
 
 USAGES = {"server auth": ExtendedKeyUsageOID.SERVER_AUTH, "client auth": ExtendedKeyUsageOID.CLIENT_AUTH}
@@ -123,3 +124,29 @@ def test_the_brokers_nodes_believe_each_other_by_their_certificate(
         issue(tmp_path / "other", certificate)
         (tmp_path / "other.config").write_text(nodes.replace(str(tmp_path / "tls"), str(tmp_path / "other")))
         assert ping(tmp_path / "other.config") == "pang"
+
+
+# KEDA
+
+
+def test_keda_logs_in_with_a_certificate_and_checks_the_brokers(build: Build) -> None:
+    """KEDA looks at `ca`, `cert` and `key` only where `tls` is `enable`, which it takes from authentication alone."""
+    for overlay in ("dev", "prod"):
+        manifests = build("default", overlay, "keda")
+        spec = manifests.one("TriggerAuthentication", "broker")["spec"]
+        maps = {each["metadata"]["name"]: each["data"] for each in manifests.of("ConfigMap")}
+        assert {each["parameter"]: maps[each["name"]][each["key"]] for each in spec["configMapTargetRef"]} == {
+            "tls": "enable"
+        }
+        issued = {each["spec"]["secretName"] for each in manifests.of("Certificate")}
+        assert {each["parameter"]: each["key"] for each in spec["secretTargetRef"]} == {
+            **{"ca": "ca.crt", "cert": "tls.crt", "key": "tls.key"}
+        }
+        assert {each["name"] for each in spec["secretTargetRef"]} == {"tls-monitor"} <= issued
+        for scaled in manifests.of("ScaledObject"):
+            for trigger in scaled["spec"]["triggers"]:
+                assert trigger["authenticationRef"] == {"name": "broker"}
+                # With a password in its address KEDA would not log in with the certificate.
+                assert re.fullmatch(r"amqps://broker\.[a-z-]+\.svc:5671/my-service", trigger["metadata"]["host"])
+    page = (TEMPLATE / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    assert "KEDA 2.20 or newer" in page

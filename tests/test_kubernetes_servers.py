@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from .baking import TEMPLATE
 from .kubernetes import (
@@ -360,6 +361,15 @@ def test_each_command_of_the_page_is_about_what_there_is(build: Build, default: 
     for component in COMPONENTS:
         assert f"`{component}`" in text, component
     assert len(re.findall(r"^## \d+\. ", text, re.MULTILINE)) == 10
+
+
+def test_what_the_page_applies_by_path_lands_in_its_namespace(default: Path) -> None:
+    paths = re.findall(r"kubectl apply .*-f (\S+)", PAGE.read_text(encoding="utf-8"))
+    assert paths
+    for path in paths:
+        for each in yaml.safe_load_all((default / path).read_text(encoding="utf-8")):
+            found = each["metadata"].get("namespace")
+            assert found == (None if each["kind"] == "Namespace" else "my-service"), each["kind"]
 
 
 def test_the_picture_shows_what_the_policies_allow() -> None:
