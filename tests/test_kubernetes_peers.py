@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -21,8 +20,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .baking import TEMPLATE
-from .kubernetes import Build, Object, config_map
+from .kubernetes import BROKERS, Build, Object, config_map
 
+NOT_WORKERS = {"key": "runs-tasks", "operator": "DoesNotExist"}
 USAGES = {"server auth": ExtendedKeyUsageOID.SERVER_AUTH, "client auth": ExtendedKeyUsageOID.CLIENT_AUTH}
 
 
@@ -150,3 +150,34 @@ def test_keda_logs_in_with_a_certificate_and_checks_the_brokers(build: Build) ->
                 assert re.fullmatch(r"amqps://broker\.[a-z-]+\.svc:5671/my-service", trigger["metadata"]["host"])
     page = (TEMPLATE / "docs" / "kubernetes.md").read_text(encoding="utf-8")
     assert "KEDA 2.20 or newer" in page
+
+
+# Cilium
+
+
+@pytest.mark.parametrize("servers", ["servers", "managed"])
+@pytest.mark.parametrize("tree", BROKERS.values())
+def test_cilium_lets_workers_resolve_what_they_need_and_nothing_else(build: Build, tree: str, servers: str) -> None:
+    for overlay in ("dev", "prod"):
+        manifests = build(tree, overlay, "cilium", *(("managed",) if servers == "managed" else ()))
+        namespace = manifests.of("Namespace")[0]["metadata"]["name"]
+        policy = manifests.one("CiliumNetworkPolicy", "worker-hosts")["spec"]
+        (label,) = policy["endpointSelector"]["matchLabels"].items()
+        names, hosts = policy["egress"]
+        (asked,) = names["toPorts"]
+        # Nothing else allows workers to ask: where a policy allows the port, Cilium looks at no name.
+        others = manifests.one("NetworkPolicy", "names")["spec"]["podSelector"]
+        assert others == {"matchLabels": {"calls-servers": "true"}, "matchExpressions": [NOT_WORKERS]}
+        resolved = {each["matchName"] for each in hosts["toFQDNs"]}
+        for name, pod in manifests.pods:
+            if label not in pod["metadata"]["labels"].items():
+                assert "dnsConfig" not in pod["spec"]
+                continue
+            # A name with a dot is asked for as it is, and not first with each of the cluster's domains behind it.
+            assert pod["spec"]["dnsConfig"] == {"options": [{"name": "ndots", "value": "1"}]}, name
+            for variable in pod["spec"]["containers"][0]["env"]:
+                if match := re.match(r"(?:amqps|rediss)://(?:.*@)?([\w.-]+):\d+", variable["value"]):
+                    found = match[1] if "." in match[1] else f"{match[1]}.{namespace}.svc.cluster.local"
+                    resolved.add(found)
+        assert {each["matchName"] for each in asked["rules"]["dns"]} == resolved
+        assert len(resolved) == 3

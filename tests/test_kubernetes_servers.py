@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from redis import AuthenticationError
 
 from .baking import TEMPLATE
 from .kubernetes import (
@@ -22,11 +21,13 @@ from .kubernetes import (
     COMPONENTS,
     OVERLAYS,
     Build,
+    Manifests,
     Object,
     config_map,
     reachability,
     run,
 )
+from .kubernetes.redis_pod import RedisPod
 
 # Network
 
@@ -60,6 +61,21 @@ def test_every_policy_is_needed(
     for policy in policies:
         rest = [each for each in manifests.objects if each is not policy]
         assert reachability.edges(kubernetes_tools / "nca", rest) != before, policy["metadata"]["name"]
+
+
+@pytest.mark.slow
+def test_with_cilium_workers_ask_for_names_through_it_alone(
+    default: Path, kubernetes_tools: Path, tmp_path: Path
+) -> None:
+    """A rule for port 53 without names would allow every name: the policy that Cilium filters would have no effect."""
+    before, after = (
+        reachability.edges(
+            kubernetes_tools / "nca", Manifests(default, tmp_path / str(len(more)), "prod", *more).objects
+        )
+        for more in ((), ("cilium",))
+    )
+    assert before.pop(("worker", "dns")) == "TCP+UDP 53"
+    assert after == before
 
 
 @pytest.fixture
@@ -256,78 +272,55 @@ def test_each_pod_accepts_its_settings(
             assert {"SECURE_CELERY_REPLAY_STORE", "SECURE_CELERY_REPLAY_STORE_PASSWORD_FILE"} <= variables.keys()
 
 
+@pytest.fixture
+def server(
+    request: pytest.FixtureRequest, build: Build, library: Callable[[str], Any], tmp_path: Path
+) -> Iterator[RedisPod]:
+    """The pod of that name, as the cluster would start it."""
+    with RedisPod(build("redis", "prod"), request.param, tmp_path, library) as pod:
+        yield pod
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["results", "broker"])
-def test_redis_as_the_cluster_starts_it_knows_each_account_by_its_password(
-    build: Build, library: Callable[[str], Any], redis: Path, tmp_path: Path, server: str
-) -> None:
+@pytest.mark.parametrize("server", ["results", "broker"], indirect=True)
+def test_redis_as_the_cluster_starts_it_knows_each_account_by_its_password(server: RedisPod) -> None:
     """The very commands of the manifest, with other paths, a real server and real logins."""
-    library("stack.install").require_servers("redis-server")
-    client = importlib.import_module("redis")
-    manifests = build("redis", "prod")
-    pod = manifests.one("StatefulSet", server)["spec"]["template"]["spec"]
-    folders = {
-        path: tmp_path / path.strip("/").replace("/", "-")
-        for path in ("/rendered", "/passwords", "/etc/redis", "/data")
-    }
-    for folder in folders.values():
-        folder.mkdir()
+    server.start()
+    assert server.login("my-service.worker", "the worker's own").ping()
+    assert server.login("my-service.client", "the client's own").ping()
+    for user, password in (
+        ("my-service.worker", "the client's own"),
+        ("my-service.beat", ""),
+        ("my-service.beat", "resetpass"),
+        ("default", "the worker's own"),
+    ):
+        with pytest.raises(AuthenticationError):
+            server.login(user, password).ping()
 
-    def moved(text: str) -> str:
-        for path, folder in folders.items():
-            text = re.sub(rf"(?<![\w/]){path}(?![\w.])", str(folder), text)
-        return text
 
-    for name, text in config_map(manifests, server).items():
-        (folders["/rendered"] / name).write_text(moved(text), encoding="utf-8")
-    for role in ("worker", "client", "monitor"):
-        (folders["/passwords"] / role).write_text(f"the {role}'s own\n", encoding="utf-8")
-    (accounts,) = pod["initContainers"]
-    subprocess.run([moved(part) for part in accounts["command"]], check=True)
-    pki = library("stack.pki").Pki(tmp_path / "pki", library("stack.account").Account.unprivileged())
-    pair = pki.tls.server("server", ("127.0.0.1",))
-    for source, name in ((pki.tls.certificate, "ca"), (pair.certificate, "server"), (pair.key, "server-key")):
-        shutil.copy(source, folders["/etc/redis"] / "tls" / f"{name}.pem")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    addresses = {"*": "127.0.0.1", "-::*": "-::1"}
-    command = [addresses.get(part, moved(part)) for part in pod["containers"][0]["command"]]
-    own = pki.tls.client("my-service.worker")
-
-    def login(user: str, password: str) -> bool:
-        connection = client.Redis(
-            *("127.0.0.1", port),
-            username=user,
-            password=password,
-            ssl=True,
-            ssl_ca_certs=str(pki.tls.certificate),
-            ssl_certfile=str(own.certificate),
-            ssl_keyfile=str(own.key),
-        )
-        return bool(connection.ping())
-
-    process = subprocess.Popen([*command, "--tls-port", str(port)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout
-        said = ""
-        for line in process.stdout:
-            said += line
-            if "Ready to accept connections" in line:
-                break
-        assert "Ready to accept connections" in said, said
-        assert login("my-service.worker", "the worker's own")
-        assert login("my-service.client", "the client's own")
-        for user, password in (
-            ("my-service.worker", "the client's own"),
-            ("my-service.beat", ""),
-            ("my-service.beat", "resetpass"),
-            ("default", "the worker's own"),
-        ):
-            with pytest.raises(client.AuthenticationError):
-                login(user, password)
-    finally:
-        process.terminate()
-        process.wait(30)
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["results", "broker"], indirect=True)
+def test_redis_is_started_again_for_its_new_certificate_and_forgets_nothing(server: RedisPod) -> None:
+    """It reads a certificate at its start alone, and cert-manager replaces the mounted one every few days."""
+    server.start()
+    first = server.served()
+    worker = server.login("my-service.worker", "the worker's own")
+    if server.name == "results":
+        worker.set("my-service:celery-task-meta-1", "kept", ex=600)
+    else:
+        worker.lpush("my-service.default", "kept")
+    assert server.alive()
+    server.renew()
+    assert server.served() == first, "it has read the new one by itself, so that nobody has to start it again"
+    assert not server.alive()
+    server.stop()
+    server.start()
+    assert server.alive()
+    assert server.served() != first
+    kept = (
+        worker.get("my-service:celery-task-meta-1") if server.name == "results" else worker.rpop("my-service.default")
+    )
+    assert kept == b"kept"
 
 
 # The documentation
