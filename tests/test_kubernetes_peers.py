@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from .baking import TEMPLATE
-from .kubernetes import BROKERS, Build, Object, config_map
+from .baking import TEMPLATE, bake
+from .kubernetes import BROKERS, Build, Manifests, Object, config_map
 
 NOT_WORKERS = {"key": "runs-tasks", "operator": "DoesNotExist"}
 USAGES = {"server auth": ExtendedKeyUsageOID.SERVER_AUTH, "client auth": ExtendedKeyUsageOID.CLIENT_AUTH}
@@ -181,3 +181,49 @@ def test_cilium_lets_workers_resolve_what_they_need_and_nothing_else(build: Buil
                     resolved.add(found)
         assert {each["matchName"] for each in asked["rules"]["dns"]} == resolved
         assert len(resolved) == 3
+
+
+# Kyverno
+
+GITHUB = "https://github.com/OWNER/REPOSITORY/.github/workflows/release.yml@refs/tags/"
+GITLAB = "https://gitlab.com/GROUP/PROJECT//.gitlab-ci.yml@refs/tags/"
+
+
+@pytest.mark.parametrize(
+    ("ci", "kind", "issuer", "identity"),
+    [
+        # cosign 3 stores a bundle beside the image; Debian's cosign 2 a tag that ends with .sig.
+        ("github", "SigstoreBundle", "https://token.actions.githubusercontent.com", GITHUB),
+        ("gitlab", "Cosign", "https://gitlab.com", GITLAB),
+    ],
+)
+def test_kyverno_looks_for_what_the_pipeline_signs(
+    template: Path, tmp_path: Path, ci: str, kind: str, issuer: str, identity: str
+) -> None:
+    project = bake(tmp_path / ci, template, {"ci": ci})
+    rules = Manifests(project, tmp_path / "built", "prod", "signed-images").one("Policy", "signed-images")["spec"][
+        "rules"
+    ]
+    (image,) = rules[0]["verifyImages"]
+    assert image["type"] == kind
+    (entry,) = image["attestors"][0]["entries"]
+    # In a bundle Kyverno compares `subject` letter by letter: a pattern has to be a regular expression.
+    assert entry["keyless"].keys() == {"issuer", "subjectRegExp", "rekor"}
+    assert entry["keyless"]["issuer"] == issuer
+    pattern = entry["keyless"]["subjectRegExp"]
+    assert re.search(pattern, f"{identity}v1.0.0")
+    for other in (
+        identity.replace("refs/tags", "refs/heads") + "v1.0.0",
+        f"{identity.replace('OWNER', 'OTHER').replace('GROUP', 'OTHER')}v1.0.0",
+        f"https://other.example.org/?{identity}v1.0.0",
+        identity.replace(".yml", "xyml") + "v1.0.0",
+        f"{identity}v1.0.0\nx",
+        identity,
+    ):
+        assert not re.search(pattern, other), other
+    pipeline = (project / (".github/workflows/release.yml" if ci == "github" else ".gitlab-ci.yml")).read_text("utf-8")
+    assert ("cosign-installer@" in pipeline, "install --yes --no-install-recommends buildah cosign" in pipeline) == (
+        ci == "github",
+        ci == "gitlab",
+    )
+    assert identity.split("/", 5)[-1].lstrip("/").split("@")[0] in pipeline
