@@ -39,6 +39,12 @@ def redis(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def oidc(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bake a project whose Flower is behind an identity provider, to be read only."""
+    return bake(tmp_path_factory.mktemp("oidc"), template, {"flower": "oidc"})
+
+
+@pytest.fixture(scope="session")
 def redis_project() -> Iterator[Path]:
     """Bake a project whose broker is Redis where its stack's unprivileged user can reach it."""
     with workshop("test-redis") as folder:

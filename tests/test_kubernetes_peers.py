@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import re
 import socket
+import ssl
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -13,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from . import test_kubernetes as general
 from .baking import TEMPLATE, bake
-from .kubernetes import BROKERS, Build, Manifests, Object, config_map
+from .kubernetes import ALL, BROKERS, Build, Manifests, Object, config_map, reachability
 
 NOT_WORKERS = {"key": "runs-tasks", "operator": "DoesNotExist"}
 USAGES = {"server auth": ExtendedKeyUsageOID.SERVER_AUTH, "client auth": ExtendedKeyUsageOID.CLIENT_AUTH}
@@ -227,3 +235,122 @@ def test_kyverno_looks_for_what_the_pipeline_signs(
         ci == "gitlab",
     )
     assert identity.split("/", 5)[-1].lstrip("/").split("@")[0] in pipeline
+
+
+# oauth2-proxy
+
+
+def test_with_oidc_a_hardened_proxy_stands_before_flower(build: Build, oidc: Path) -> None:
+    everything = [build("oidc", overlay, *more) for overlay in ("dev", "prod") for more in (("flower",), ALL)]
+    general.test_every_overlay_builds_with_every_component(everything)
+    general.test_every_pod_is_restricted_and_so_is_its_namespace(everything)
+    general.test_every_container_is_read_only_bounded_and_pinned(everything)
+    general.test_no_secret_is_in_a_variable_or_in_a_file(everything)
+    general.test_pools_survive_a_drain_and_share_out_over_nodes(everything)
+    for manifests in everything:
+        namespace = manifests.of("Namespace")[0]["metadata"]["name"]
+        (names,) = (
+            each["spec"]["dnsNames"]
+            for each in manifests.of("Certificate")
+            if each["metadata"]["name"] == "server-oauth2-proxy"
+        )
+        assert names == ["oauth2-proxy", f"oauth2-proxy.{namespace}.svc"]
+        # It reads the files of deploy/oauth2-proxy, which name what is mounted, and nothing else is.
+        files = {path.name: path.read_text("utf-8") for path in (oidc / "deploy/oauth2-proxy").glob("[!k]*")}
+        assert config_map(manifests, "oauth2-proxy") == files
+        pod = manifests.one("Deployment", "oauth2-proxy")["spec"]["template"]["spec"]
+        proxy, _ = pod["containers"]
+        mounted = {
+            f"/run/secrets/{item['path']}": source["secret"]["name"]
+            for volume in pod["volumes"]
+            for source in volume.get("projected", {}).get("sources", ())
+            for item in source["secret"]["items"]
+        }
+        assert {mount["mountPath"] for mount in proxy["volumeMounts"]} == {"/etc/oauth2-proxy", "/run/secrets"}
+        assert set(mounted) == set(re.findall(r"/run/secrets/[\w.-]+", "".join(files.values())))
+        assert proxy["env"] == [{"name": "SSL_CERT_FILE", "value": "/run/secrets/internal-ca.pem"}]
+        assert set(mounted.values()) == {"server-oauth2-proxy", "oauth2-proxy", "flower-password"}
+        # Where that file looks for Flower it is.
+        (upstream,) = yaml.safe_load(files["flower.yaml"])["upstreamConfig"]["upstreams"]
+        (port,) = manifests.one("Service", "flower")["spec"]["ports"]
+        assert upstream["uri"] == f"https://flower:{port['port']}"
+
+
+def test_flower_s_proxy_is_started_again_when_its_certificate_was_renewed(build: Build, tmp_path: Path) -> None:
+    """It reads its certificate at its start alone, and its image has no shell: another container compares."""
+    pod = build("oidc", "prod", "flower").one("Deployment", "oauth2-proxy")["spec"]["template"]["spec"]
+    proxy, watch = pod["containers"]
+    assert proxy["livenessProbe"]["httpGet"] == {"path": "/", "port": 4181}
+    specification = {"commonName": "oauth2-proxy", "dnsNames": ["oauth2-proxy"], "usages": ["server auth"]}
+    issue(tmp_path, specification)
+    ports = {"4180": str(free_port()), "4181": str(free_port())}
+    command = [part.replace("/run/secrets/oauth2-proxy.pem", str(tmp_path / "tls.crt")) for part in watch["command"]]
+    for given, free in ports.items():
+        command = [part.replace(given, free) for part in command]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+
+    def alive() -> int:
+        for _ in range(50):
+            connection = http.client.HTTPConnection("127.0.0.1", int(ports["4181"]), timeout=10)
+            try:
+                connection.request("GET", "/")
+                return connection.getresponse().status
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+            except http.client.RemoteDisconnected:
+                return 0
+            finally:
+                connection.close()
+        return -1
+
+    with running(sys.executable, *command[1:]):
+        assert alive() == 0, "nobody serves"
+        with socket.create_server(("127.0.0.1", int(ports["4180"]))) as listener:
+            serve = threading.Thread(target=answer, args=(context, listener), daemon=True)
+            serve.start()
+            assert alive() == 200
+            issue(tmp_path, specification)
+            assert alive() == 503
+
+
+def answer(context: ssl.SSLContext, listener: socket.socket) -> None:
+    """Shake hands with whoever comes, until the listener is closed."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as wrapped:
+            wrapped.recv(1)
+
+
+@pytest.mark.slow
+def test_with_oidc_flower_is_reached_through_its_proxy_alone(
+    oidc: Path, kubernetes_tools: Path, tmp_path: Path
+) -> None:
+    manifests = reachability.built("oidc", oidc, tmp_path / "built")
+    computed = reachability.edges(kubernetes_tools / "nca", manifests.objects)
+    assert reachability.table(computed) == reachability.golden("oidc"), f"now:\n{reachability.table(computed)}"
+    assert {a for a, b in computed if b == "flower"} == {"oauth2-proxy"}
+    assert {a for a, b in computed if b == "oauth2-proxy"} == {"proxy"}
+    assert {b for a, b in computed if a == "oauth2-proxy"} == {"flower", "dns", "192.0.2.0/24"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tool", "found"),
+    [
+        (general.checkov, set()),
+        # Names in its own configuration, whose secrets are paths of files (`fromFile`, `clientSecretFile`).
+        (general.trivy, {("KSV-01010", "oauth2-proxy")}),
+    ],
+)
+def test_no_scanner_finds_more_with_oidc(
+    build: Build, kubernetes_tools: Path, tmp_path: Path, tool: Callable[..., set[str]], found: set[tuple[str, str]]
+) -> None:
+    (tmp_path / "all.yaml").write_text(build("oidc", "prod", *ALL).text, encoding="utf-8")
+    findings = tool(kubernetes_tools, tmp_path if tool is general.trivy else tmp_path / "all.yaml")
+    rest = {finding for finding in findings if finding.split()[0] not in general.ACCEPTED}
+    assert {(finding.split()[0], finding.split("'")[1].rpartition("-")[0]) for finding in rest} == found, rest

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def listener() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@contextmanager
+def dropping() -> Iterator[int]:
+    """Give a port of loopback that answers nobody, as one behind a firewall: its queue is full."""
+    with socket.socket() as server, ExitStack() as waiting:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(4):
+            caller = waiting.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(server.getsockname())
+        yield server.getsockname()[1]
+
+
 def test_the_probe_fails_when_what_is_forbidden_works(build: Build, listener: int) -> None:
     for tree, broker in (("default", "broker:5671"), ("redis", "broker:6379")):
         manifests = build(tree, "prod")
@@ -92,12 +106,16 @@ def test_the_probe_fails_when_what_is_forbidden_works(build: Build, listener: in
         assert job["backoffLimit"] == 0
         (container,) = job["template"]["spec"]["containers"]
         assert container["args"] == ["kubernetes.default.svc:443", broker, "results:6379"]
-        program = [sys.executable, *container["command"][1:]]
+        program = [sys.executable, *(part.replace("sleep(5)", "sleep(0.1)") for part in container["command"][1:])]
         with socket.create_server(("127.0.0.1", 0)) as other:
-            closed = other.getsockname()[1]
-        assert run(*program, f"127.0.0.1:{closed}").returncode == 0
-        opened = run(*program, f"127.0.0.1:{closed}", f"127.0.0.1:{listener}")
+            refused = other.getsockname()[1]
+        with dropping() as dropped:
+            assert run(*program, f"127.0.0.1:{dropped}").returncode == 0
+            opened = run(*program, f"127.0.0.1:{dropped}", f"127.0.0.1:{listener}")
         assert (opened.returncode, opened.stderr.count("FORBIDDEN")) == (1, 1), opened
+        # Who refuses has been reached: a server that is down says nothing about the network's rules.
+        answered = run(*program, f"127.0.0.1:{refused}")
+        assert (answered.returncode, answered.stderr.count("FORBIDDEN")) == (1, 1), answered
         assert "cannot tell" in run(*program, "nowhere.invalid:443").stderr
     managed = build("default", "prod", "managed").one("CronJob", "firewall-probe")
     assert len(managed["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]) == 1
