@@ -29,7 +29,6 @@ PARTS = {
     "kubernetes": {
         "yes": {
             "deploy/kubernetes": "deploy/kubernetes",
-            "deploy/oauth2-proxy/kustomization.yaml": "deploy/oauth2-proxy/kustomization.yaml",
             "deploy/rabbitmq/kustomization.yaml": "deploy/rabbitmq/kustomization.yaml",
             "deploy/redis/kustomization.yaml": "deploy/redis/kustomization.yaml",
             "tools/kubernetes.py": "tools/kubernetes.py",
@@ -50,6 +49,7 @@ PARTS = {
         "oidc": {
             "deploy/kubernetes/components/flower": "deploy/kubernetes/components/flower",
             "deploy/kubernetes/components/flower/proxy.yaml": "deploy/kubernetes/components/flower/proxy.yaml",
+            "deploy/kubernetes/components/flower/oauth2-proxy.yaml": "deploy/oauth2-proxy/kustomization.yaml",
             "deploy/oauth2-proxy": "deploy/oauth2-proxy",
             "requirements/flower.in": "requirements/flower.in",
             "requirements/flower.txt": "requirements/flower.txt",

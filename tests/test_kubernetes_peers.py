@@ -113,9 +113,10 @@ def test_the_brokers_nodes_believe_each_other_by_their_certificate(
         return ["erl", "-noinput", "-name", f"{callers[number]}@{names[number]}", *own, "-eval", code]
 
     def ping(options: Path) -> str:
-        code = f"io:format(\"~s\", [net_adm:ping('rabbit@{names[0]}')]), halt()."
+        code = f"io:format(\"answer=~s~n\", [net_adm:ping('rabbit@{names[0]}')]), halt()."
         done = subprocess.run(erlang(1, options, code), env=env, capture_output=True, text=True, check=False)
-        return done.stdout[-4:]
+        (answer,) = re.findall(r"answer=(\w+)", done.stdout)  # among what Erlang logs
+        return str(answer)
 
     texts = {"given": nodes, "exact": exact}
     for name, text in texts.items():
@@ -274,6 +275,12 @@ def test_with_oidc_a_hardened_proxy_stands_before_flower(build: Build, oidc: Pat
         (upstream,) = yaml.safe_load(files["flower.yaml"])["upstreamConfig"]["upstreams"]
         (port,) = manifests.one("Service", "flower")["spec"]["ports"]
         assert upstream["uri"] == f"https://flower:{port['port']}"
+
+
+def test_without_kubernetes_the_proxy_s_files_are_as_before(template: Path, tmp_path: Path) -> None:
+    project = bake(tmp_path / "no", template, {"flower": "oidc", "kubernetes": "no"})
+    assert {path.name for path in (project / "deploy/oauth2-proxy").iterdir()} == {"flower.yaml", "oauth2-proxy.cfg"}
+    assert not (project / "deploy/kubernetes").exists()
 
 
 def test_flower_s_proxy_is_started_again_when_its_certificate_was_renewed(build: Build, tmp_path: Path) -> None:
