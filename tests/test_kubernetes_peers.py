@@ -1,4 +1,4 @@
-"""What the programs around the service make of the manifests: Erlang, Redis, KEDA, Kyverno, Cilium, oauth2-proxy."""
+"""What the programs around the service make of the manifests, from Erlang to Kyverno (K8S-1 to K8S-6, FLW-2)."""
 
 from __future__ import annotations
 
