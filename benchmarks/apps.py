@@ -65,7 +65,7 @@ def stock(app: Celery, settings: Any) -> None:
         broker_user=rules.account(own),
         broker_use_ssl={**settings.broker_tls.amqp(), "server_hostname": "127.0.0.1"},
         broker_transport_options={"confirm_publish": True},
-        result_backend=settings.result_backend_url(),
+        result_backend=settings.result_backend_address,
         redis_backend_use_ssl=settings.result_backend_tls.redis(),
         result_backend_transport_options={"global_keyprefix": f"{rules.application}:"},
         result_expires=3600,

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 
 class Service:
     """What is known about each name and version, what was asked, and whether it answers at all."""
@@ -61,3 +63,10 @@ def serve() -> Iterator[Service]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.fixture
+def advisories() -> Iterator[Service]:
+    """Run an advisory service that knows nothing yet."""
+    with serve() as service:
+        yield service

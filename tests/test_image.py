@@ -19,6 +19,8 @@ from .containers import HARDENED, Engine, until
 from .test_project import make
 
 IMAGE, NAME, USER = "localhost/my-service:test", "secure-celery-worker", "10001:10001"
+#: Beside what is to go in; none of it may.
+PLANTED = (".stack/planted.env", "worker.key", ".git/planted", "src/worker-key.pem")
 LIMIT = 150  # MB
 HANGS = 90  # seconds
 UPLOADS = [f"{number}.png" for number in range(40)]
@@ -108,16 +110,17 @@ def engine() -> Engine:
 def image(engine: Engine, project: Path) -> str:
     """Build it, from a tree that has keys, history and environments beside what is to go in."""
     make(project, "setup")
-    for planted in (".stack/client.env", "worker.key", ".git/config", "src/worker-key.pem"):
+    made = [folder for folder in (project / ".stack", project / ".git") if not folder.exists()]
+    for planted in PLANTED:
         (project / planted).parent.mkdir(exist_ok=True)
         (project / planted).write_text("PLANTED-SECRET")
     try:
         return engine.build(project, IMAGE)
     finally:
-        for planted in (".stack/client.env", "worker.key", ".git/config", "src/worker-key.pem"):
+        for planted in PLANTED:
             (project / planted).unlink()
-        for folder in (".stack", ".git"):
-            (project / folder).rmdir()
+        for folder in made:
+            folder.rmdir()
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,7 @@ def test_each_pod_accepts_its_settings(
         code = (
             "from my_service.settings import Settings; s = Settings(); "
             "s.read_topology(), s.broker_tls, s.result_backend_tls; "
-            "s.result_backend_url(); s.broker_address; print(*{*s.weakenings}, sep='\\n'); "
+            "s.result_backend_address; s.broker_address; print(*{*s.weakenings}, sep='\\n'); "
             "print(*Settings.model_fields, file=__import__('sys').stderr)"
         )
         done = subprocess.run(

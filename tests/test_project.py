@@ -84,7 +84,7 @@ def test_target_succeeds_with_redis(redis_project: Path, target: str) -> None:
 #: What a broker can do better or worse; the other tests of the hardening layer are about no broker, or about RabbitMQ.
 OF_BROKERS = (
     *("backend_accounts", "celery", "limits", "managed", "quarantine", "reliability", "routes", "stack"),
-    *("flower", "redis_accounts", "redis_broker", "replay", "two_services"),
+    *("flower", "redis_accounts", "redis_broker", "replay", "stock_flower", "two_services"),
 )
 
 

@@ -72,7 +72,8 @@ class MemorySettings(Settings):
     broker_schemes: ClassVar[frozenset[str]] = frozenset({"memory"})
     result_schemes: ClassVar[frozenset[str]] = frozenset({"cache+memory"})
 
-    def result_backend_url(self) -> str:
+    @property
+    def result_backend_address(self) -> str:
         """Need no password."""
         return self.result_backend
 

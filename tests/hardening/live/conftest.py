@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import hypothesis
 import pytest
+from celery import Celery
 
 from stack import Stack
 
@@ -50,6 +51,16 @@ def running(temporary: Path) -> Iterator[Running]:
     """Everything Celery can do, on a stack of its own."""
     with Running(temporary / "everything") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def operator(running: Running) -> Celery:
+    return running.caller("operator")
+
+
+@pytest.fixture(scope="module")
+def monitor(running: Running) -> Celery:
+    return running.caller("monitor")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from celery import Celery, Task, group, shared_task
+from celery import Celery, Task, current_app, group, shared_task
 from pydantic import BaseModel
 
 from ...project import Settings, hardening, intake_redis, replay
@@ -242,5 +242,9 @@ def eats(what: str, key: str) -> None:
         deque(itertools.repeat(0), maxlen=0)
     while what == "memory":
         eaten.append(bytearray(1 << 26))
-    while what == "files":
-        eaten.append(os.open(os.devnull, os.O_RDONLY))
+    try:
+        while what == "files":
+            eaten.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        current_app.backend.client.connection_pool.disconnect()  # whoever stores the failure needs a file of its own
+        raise

@@ -1,4 +1,4 @@
-"""Remote control and events, live: what operators and monitors can do to workers, and nobody else."""
+"""Remote control, live: what operators and monitors can do to workers, and nobody else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from amqp.exceptions import AMQPError
@@ -20,71 +19,18 @@ from celery import Celery
 from celery.exceptions import TaskRevokedError
 from kombu import Exchange
 
-from ...project import codec, control, envelope
+from ...project import control, envelope
 from .everything import within
+from .remote import SECRET, command, commands, events, listen, nodes, publish, signed, the_worker_lives
 from .running import ROOT, SOON, TASKS, Running
 
-SECRET = "swordfish"
-
-
-@pytest.fixture(scope="module")
-def operator(running: Running) -> Celery:
-    return running.caller("operator")
-
-
-@pytest.fixture(scope="module")
-def monitor(running: Running) -> Celery:
-    return running.caller("monitor")
-
-
-@pytest.fixture(autouse=True)
-def the_worker_lives(running: Running) -> Iterator[None]:
-    """Whatever a test sends, the pool `worker` stays the same process and serves."""
-    running.alive()
-    process = running.worker.pid
-    yield
-    assert running.task("add").delay(1, 2).get(timeout=SOON) == 3
-    assert running.worker.alive()
-    assert running.worker.pid == process
-
-
-def nodes(app: Celery, timeout: float = 3, **options: Any) -> set[str]:
-    """Return who answers, until nobody has for ``timeout`` seconds."""
-    return set(app.control.inspect(timeout=timeout, **options).ping() or ())
+__all__ = ["the_worker_lives"]
 
 
 def processes(operator: Celery) -> int:
     """How many processes the pool `worker` has: what `pool_grow` changes."""
     [stats] = operator.control.inspect(timeout=SOON, limit=1).stats().values()
     return len(stats["pool"]["processes"])
-
-
-def publish(app: Celery, exchange: Exchange, key: str, body: bytes | str, **properties: Any) -> None:
-    """Publish anything, as whoever has the account's rights."""
-    with app.connection_for_write() as connection, connection.Producer() as producer:
-        options = {"content_type": envelope.CONTENT_TYPE, "content_encoding": "utf-8", **properties}
-        producer.publish(body, exchange=exchange.name, routing_key=key, declare=[exchange], **options)
-
-
-def commands(app: Celery) -> Exchange:
-    exchange: Exchange = app.control.mailbox.exchange
-    return exchange
-
-
-def command(app: Celery, method: str, **arguments: Any) -> dict[str, Any]:
-    """Return the claims of a command, as this signer makes them."""
-    identity = app.hardening.signer.identity
-    now = int(time.time())
-    return {
-        **{"iss": str(identity), "aud": identity.audience, "iat": now, "exp": now + control.Claims.lifetime},
-        **{"jti": uuid4().hex, "method": method, "arguments": arguments},
-        **{"destination": None, "pattern": None, "matcher": None, "ticket": None},
-    }
-
-
-def signed(app: Celery, fields: dict[str, Any], kind: envelope.Type = envelope.Type.CONTROL) -> bytes:
-    token: bytes = app.hardening.signer.sign(kind, codec.encode(fields))
-    return token
 
 
 # -- what operators and monitors do -----------------------------------------------------------------------------------
@@ -353,81 +299,3 @@ def test_what_is_pushed_past_kombu_ends_no_worker(running: Running, monitor: Cel
     with monitor.connection_for_write() as connection:
         connection.default_channel.client.publish("/.everything.celery.control", item)
     assert len(nodes(monitor, SOON, limit=1)) == 1
-
-
-# -- events -----------------------------------------------------------------------------------------------------------
-
-
-def events(app: Celery) -> Exchange:
-    exchange: Exchange = app.hardening.broker.broadcast("events", "topic")
-    return exchange
-
-
-def listen(
-    app: Celery, until: Callable[[list[dict[str, Any]]], Any], act: Callable[[], Any] = lambda: None
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Capture events as Flower does until the condition holds; ``act`` once the queue is there."""
-    state, seen = app.events.State(), []
-
-    def handle(event: dict[str, Any]) -> None:
-        seen.append(event)
-        state.event(event)
-
-    deadline = time.monotonic() + SOON
-    with app.connection_for_read() as connection:
-        receiver = app.events.Receiver(connection, handlers={"*": handle})
-        with receiver.consumer_context(wakeup=False) as (connected, _, _):
-            act()
-            while not until(seen) and time.monotonic() < deadline:
-                try:
-                    connected.drain_events(timeout=0.2)
-                except TimeoutError:
-                    continue
-    assert until(seen)
-    return state, seen
-
-
-def forged(kind: str, task_id: str) -> dict[str, Any]:
-    return {
-        **{"type": kind, "uuid": task_id, "name": f"{TASKS}.admin", "hostname": "worker@forged", "pid": 1},
-        **{"timestamp": time.time(), "clock": 1, "utcoffset": 0, "freq": 2},
-    }
-
-
-def test_a_monitor_sees_genuine_events_without_arguments_and_no_forged_one(
-    running: Running, monitor: Celery, key: str
-) -> None:
-    workers, client, batch = running.caller("worker"), running.client, running.caller("batch")
-    exchange, results = events(workers), []
-
-    def report(app: Celery, node: str, *made: dict[str, Any]) -> bytes:
-        fields = {**command(app, ""), "node": node, "events": list(made)}
-        for name in ("method", "arguments", "destination", "pattern", "matcher", "ticket"):
-            del fields[name]
-        return signed(app, fields, envelope.Type.EVENT)
-
-    def act() -> None:
-        for kind in ("worker-online", "task-received"):
-            made = forged(kind, "forged")
-            publish(workers, exchange, "worker.online", json.dumps(made), content_type="application/json")
-            publish(workers, exchange, "worker.online", report(client, "client@forged", made))
-            publish(workers, exchange, "worker.online", report(batch, "worker@forged", made))
-            publish(workers, exchange, "worker.online", report(batch, "batch@odd", {"type": kind, "x": made}))
-        results.append(running.task("counted").apply_async((f"{key}.{SECRET}",), queue="slow"))
-
-    with running.batch("-E"):
-        state, seen = listen(monitor, lambda seen: any(event["type"] == "task-succeeded" for event in seen), act)
-    task = state.tasks[results[0].id]
-    assert (task.name, task.state) == (f"{TASKS}.counted", "SUCCESS")
-    assert task.worker.hostname.startswith("batch@")
-    assert SECRET not in json.dumps(seen)
-    assert "forged" not in state.tasks
-    assert not any("forged" in name for name in state.workers)
-
-
-def test_a_worker_whose_events_are_on_beats_and_one_whose_events_are_off_is_silent(
-    running: Running, monitor: Celery
-) -> None:
-    with running.batch("-E"):
-        state, _ = listen(monitor, lambda seen: sum(event["type"] == "worker-heartbeat" for event in seen) > 1)
-    assert {name.partition("@")[0] for name in state.workers} == {"batch"}

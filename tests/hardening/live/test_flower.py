@@ -1,4 +1,4 @@
-"""Flower, live: what it shows to whom, and what stock Flower shows to everybody (FLW-1, FLW-2)."""
+"""Flower, live: what it shows to whom (FLW-1, FLW-2)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import http.client
 import importlib
 import json
 import os
-import re
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,20 +18,15 @@ from uuid import uuid4
 
 import pytest
 from celery import Celery
-from celery.events.event import get_exchange
 from flower import urls
 
-from attacks import suite
-from attacks.against_stock import Stock
-from attacks.control import tell
-from attacks.target import OBSERVER
 from stack import Stack
 from stack.process import wait_until
-from stack.record import free_ports
 
 from ... import throw_away
 from ...project import Settings, control, hardening, tasks
 from ...service import ROOT
+from .pages import Site, address, received
 from .running import SOON
 
 PACKAGE = hardening.__name__.partition(".")[0]
@@ -47,48 +38,6 @@ SHOWN = {r"/", r"/workers", r"/worker/(.+)", r"/task/(.+)", r"/tasks", r"/tasks/
 SHOWN |= {r"/static/(.*)", r"/metrics", r"/healthcheck"}
 PATTERNS = [handler.regex.pattern.rstrip("$") if hasattr(handler, "regex") else handler[0] for handler in urls.handlers]
 UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "eA=="}
-
-
-def address(pattern: str) -> str:
-    """Return an address that a route of Flower answers."""
-    if pattern.startswith("/static"):
-        return "/static/js/flower.js"
-    query = "?draw=1&start=0&length=9&order%5B0%5D%5Bcolumn%5D=0" if pattern.endswith("datatable") else ""
-    return re.sub(r"\(.*\)|\.\*$", "nothing", pattern).replace("/?", "") + query
-
-
-class Site:
-    """A Flower as a browser sees it."""
-
-    def __init__(self, port: int, ca: Path | None = None, password: str = "") -> None:
-        self.port = port
-        self.ca = ca
-        self.password = password
-
-    def ask(
-        self, path: str, password: str | None = None, method: str = "GET", source: str = "127.0.0.1", **headers: str
-    ) -> tuple[int, dict[str, str], str]:
-        """Ask for a page; return status, headers and text."""
-        if password is not None:
-            headers["Authorization"] = f"Basic {base64.b64encode(f'any:{password}'.encode()).decode()}"
-        options: dict[str, Any] = {"timeout": SOON, "source_address": (source, 0)}
-        if self.ca:
-            context = ssl.create_default_context(cafile=self.ca)
-            connection: Any = http.client.HTTPSConnection("127.0.0.1", self.port, context=context, **options)
-        else:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, **options)
-        try:
-            connection.request(method, path, headers=headers, body="" if method == "POST" else None)
-            answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read().decode(errors="replace")
-        finally:
-            connection.close()
-
-    def tasks(self) -> dict[str, str]:
-        """The tasks that are shown: names by id."""
-        status, _, text = self.ask(address("/tasks/datatable").replace("length=9", "length=999"), self.password)
-        assert status == 200
-        return {task["uuid"]: task["name"] for task in json.loads(text)["data"]}
 
 
 @pytest.fixture(scope="module")
@@ -106,88 +55,6 @@ def party(stack: Stack, role: str) -> Celery:
     settings: Any = Settings(**names)
     hardening.harden(app, settings)
     return app
-
-
-def received(task_id: str, hostname: str, name: str = "attacks.wipe") -> dict[str, Any]:
-    """An event as workers send it."""
-    return {
-        **{"type": "task-received", "uuid": task_id, "name": name, "hostname": hostname, "pid": 1, "retries": 0},
-        **{"timestamp": time.time(), "utcoffset": 0, "clock": 1, "args": "[]", "kwargs": "{}"},
-    }
-
-
-# -- stock: each of these attacks succeeds ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stock(temporary: Path) -> Iterator[Stock]:
-    with suite.servers(temporary / "stock") as stack:
-        yield Stock(stack, stack.pki.tls.client(OBSERVER))
-
-
-@contextmanager
-def stock_flower(stock: Stock, *options: str, **environment: str) -> Iterator[tuple[Site, int]]:
-    """Run Flower as its own guide does."""
-    [port] = free_ports(1)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "celery",
-            "-A",
-            stock.module,
-            "flower",
-            "--address=127.0.0.1",
-            f"--port={port}",
-            *options,
-        ],
-        cwd=ROOT,
-        env={"PATH": os.defpath, "PYTHONPATH": "src", **stock.environment("monitor"), **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    site = Site(port)
-
-    def serves() -> bool:
-        try:
-            return site.ask("/healthcheck")[0] == 200
-        except OSError:
-            return False
-
-    try:
-        wait_until(serves, "stock Flower", SOON)
-        yield site, process.pid
-    finally:
-        process.terminate()
-        process.wait(SOON)
-
-
-def test_stock_flower_shows_forged_tasks_and_sends_real_ones_for_everybody(stock: Stock) -> None:
-    with stock_flower(stock, FLOWER_UNAUTHENTICATED_API="true") as (site, _):
-        forged = str(uuid4())
-
-        def shown() -> bool:
-            with stock.attacker.connection() as connection:
-                tell(connection, get_exchange(connection), received(forged, "worker@nowhere"), "task.received")
-            return forged in site.tasks()
-
-        wait_until(shown, "the forged task", SOON)
-        status, headers, text = site.ask("/api/task/send-task/attacks.pay", method="POST")
-        assert (status, headers["Access-Control-Allow-Origin"]) == (200, "*")
-        assert json.loads(text)["task-id"]
-        _, headers, _ = site.ask("/")
-        assert not {"Content-Security-Policy", "X-Frame-Options", "Strict-Transport-Security"} & headers.keys()
-
-
-def test_stock_flower_with_a_password_lets_guess_it_and_tells_it_to_everyone_on_the_host(stock: Stock) -> None:
-    with stock_flower(stock, "--basic-auth=any:secret") as (site, pid):
-        assert [site.ask("/", f"guess{number}")[0] for number in range(20)] == [401] * 20
-        assert site.ask("/", "secret")[0] == 200
-        assert site.ask("/metrics")[0] == site.ask("/static/js/flower.js")[0] == 200
-        assert b"any:secret" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-# -- ours -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "websocket"])

@@ -18,10 +18,10 @@ from celery.exceptions import TaskRevokedError
 from ...project import Settings, errors
 from . import brokers
 from .everything import application, within
+from .rotation import holder, refused, said, serial, settings_of
 from .running import SOON, TASKS, Running
 from .test_replay import replay
 from .test_replay import send as captured
-from .test_rotation import holder, refused, said, serial, settings_of
 
 CONTROLS = '[callers.operator]\ncontrols = ["*"]'
 

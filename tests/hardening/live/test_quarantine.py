@@ -9,6 +9,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,16 @@ def test_a_message_that_a_new_rule_allows_runs_when_released(running: Running, k
     assert running.count(key) == 1
 
 
+def test_a_release_ends_though_all_of_it_is_refused_again(running: Running) -> None:
+    shop = running.caller("shop").hardening.signer
+    iss = dict.fromkeys(("iss", "origin", "owner"), str(shop.identity))
+    publish(running, *(signed(running, claimed(running, "counted", "never", **iss), shop) for _ in range(5)))
+    refused(running, *["policy.denied"] * 5)
+    done = command(running, "release", "policy.denied")
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 5)
+    refused(running, *["policy.denied"] * 5)
+
+
 def test_what_is_dropped_is_gone_and_the_rest_stays(running: Running, key: str) -> None:
     publish(running, b"garbage", short_lived(running, key)[0], b"\x1b[2J\xff")
     first, second, _ = refused(running, "message.unsigned", "message.expired", "message.unsigned")
@@ -218,6 +229,18 @@ def test_what_is_dropped_is_gone_and_the_rest_stays(running: Running, key: str) 
 
 def serves(running: Running) -> bool:
     return bool(running.task("add").delay(1, 2).get(timeout=4 * SOON) == 3) and running.worker.alive()
+
+
+@pytest.mark.broker("rabbitmq")
+def test_delays_that_are_not_left_to_the_broker_keep_nobody_waiting(running: Running) -> None:
+    """What waits for its time in a worker is in the place of others: it has no more than it prefetches."""
+    eta = datetime.now(UTC) + timedelta(hours=1)
+    for _ in range(20):
+        fields = claimed(running, "effect", "never", exp=int(eta.timestamp()) + 600)
+        fields["task"]["eta"] = eta.isoformat()
+        publish(running, signed(running, fields))
+    assert serves(running)
+    refused(running, *["message.delay"] * 20)
 
 
 def test_a_flood_of_large_messages_does_not_fill_the_broker(running: Running) -> None:

@@ -18,9 +18,6 @@ from celery.result import AsyncResult
 from ...project import claims, codec, envelope, errors
 from .everything import within
 from .running import SOON, TASKS, Running
-from .test_celery import key
-
-__all__ = ["key"]
 
 CLIENT = "spiffe://everything.test/development/everything/client"
 ADD, FORBIDDEN = f"{TASKS}.add", f"{TASKS}.counted"

@@ -185,3 +185,9 @@ def test_nesting_is_limited(pair: tuple[bytes, bytes]) -> None:
 def test_brackets_in_texts_and_wide_values_are_no_nesting() -> None:
     for value in ("[" * 1000, [[]] * 1000, [{"a": "{"}] * 1000):
         assert codec.decode(codec.encode(value)) == value
+
+
+def test_the_number_of_values_is_limited() -> None:
+    """Each takes many times its bytes in memory; a worker may hold many messages."""
+    assert codec.decode(b"[" + b"0," * codec.VALUES_MAX + b"0]")
+    _refused(b"[" + b"0," * codec.VALUES_MAX + b"0,0]")

@@ -190,6 +190,19 @@ def test_a_countdown_within_the_limit_lengthens_the_lifetime_by_itself(desk: Des
     assert desk.refusal(desk.sign(changed(fields, "task.eta", beyond)))["code"] == "message.delay"
 
 
+def test_a_delay_that_was_not_left_to_the_broker_is_refused(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the worker it would wait in the place of others, and a few of them would keep everybody waiting."""
+    hardening = desk.service.worker.app.hardening
+    monkeypatch.setattr(hardening.broker, "early", 2)
+    fields = desk.claims()
+
+    def delayed(seconds: float) -> bytes:
+        return desk.sign(changed(fields, "task.eta", (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()))
+
+    assert desk.refusal(delayed(hardening.settings.clock_skew + 10))["code"] == "message.delay"
+    desk.service.gate.admit(delivered(delayed(hardening.settings.clock_skew), content_type=envelope.CONTENT_TYPE))
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 

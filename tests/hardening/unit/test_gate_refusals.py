@@ -127,6 +127,14 @@ def test_a_signer_cannot_fail_anothers_task_by_being_refused(desk: Desk) -> None
     assert victim.get(timeout=1) == 1
 
 
+@pytest.mark.parametrize("owner", ["x", "spiffe://", "client"])
+def test_a_worker_cannot_name_an_owner_who_is_no_identity(desk: Desk, owner: str) -> None:
+    """Whatever is stored for such a message raises, long after the gate."""
+    worker = desk.service.worker
+    body = desk.sign({**desk.claims(), "iss": str(worker.identity), "owner": owner}, worker)
+    assert desk.refusal(body)["code"] == "signer.identity"
+
+
 def test_a_defect_of_the_gate_refuses_the_message_and_goes_on(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     body = desk.capture().body
 

@@ -1,90 +1,19 @@
-"""harden(): what holds afterwards, on any application, and what undoes it is found."""
+"""harden(): what holds afterwards, and what undoes it is found."""
 
 from __future__ import annotations
 
-import os
 import ssl
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery import Celery, Task
-from celery.app.amqp import AMQP
+from celery import Celery
 from kombu import Exchange, Queue
 from kombu.serialization import registry
 
-from stack.account import Account
-from stack.pki import Pki
-
 from ...project import Settings, consumer, errors, hardening, intake, producer, results
-from ...service import ROOT, Service
-from . import documents
+from .hardened import _app, _refused, client, own, pki, stock_decoders, worker
 
-PREFIX = documents.checksum.name.rpartition(".documents.")[0]
-
-
-@pytest.fixture(scope="module")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("harden") / "pki", Account("tests", os.geteuid(), os.getegid(), switch=False))
-
-
-@pytest.fixture(scope="module")
-def own() -> str:
-    return hardening.topology.Topology.load(ROOT / "topology.toml").application
-
-
-def _settings(pki: Pki, own: str, role: str) -> Settings:
-    signing = pki.signing.signer(role, f"spiffe://{own}.test/development/{own}/{role}")
-    tls = pki.tls.client(role)
-    return Settings(
-        broker_url=f"amqps://127.0.0.1:5671/{own}",
-        result_backend=f"rediss://{own}.{role}@127.0.0.1:6380/0",
-        result_backend_password_file=tls.key,
-        replay_store=f"rediss://{own}.{role}@127.0.0.1:6380/0",
-        replay_store_password_file=tls.key,
-        topology=ROOT / "topology.toml",
-        tls_ca=pki.tls.certificate,
-        tls_certificate=tls.certificate,
-        tls_key=tls.key,
-        security_key=signing.key,
-        security_certificate=signing.certificate,
-        security_cert_store=pki.store,
-    )
-
-
-@pytest.fixture(scope="module")
-def client(pki: Pki, own: str) -> Settings:
-    """Production's own settings class, with real schemes: nothing is connected."""
-    return _settings(pki, own, "client")
-
-
-@pytest.fixture(scope="module")
-def worker(pki: Pki, own: str) -> Settings:
-    return _settings(pki, own, "worker")
-
-
-@pytest.fixture(autouse=True)
-def stock_decoders() -> Iterator[None]:
-    """Take back what a test does to kombu's registry, which belongs to the whole process."""
-    decoders, disabled = dict(registry._decoders), set(registry._disabled_content_types)
-    yield
-    registry._decoders.clear()
-    registry._decoders.update(decoders)
-    registry._disabled_content_types.clear()
-    registry._disabled_content_types.update(disabled)
-
-
-def _app(settings: Settings, **options: Any) -> Celery:
-    app = Celery("harden", set_as_current=False, **options)
-    hardening.harden(app, settings)
-    return app
-
-
-def _refused(app: Celery) -> errors.ConfigurationRefused:
-    with pytest.raises(errors.ConfigurationRefused) as caught:
-        app.hardening.check(app)
-    return caught.value
-
+__all__ = ["client", "own", "pki", "stock_decoders", "worker"]
 
 # --- effective configuration ------------------------------------------------------------------------------------------
 
@@ -130,7 +59,7 @@ def test_every_setting_has_the_safe_value(worker: Settings, own: str) -> None:
         "worker_prefetch_multiplier": 1,
         "worker_max_tasks_per_child": 1000,
         "worker_max_memory_per_child": 512 * 1024,
-        "worker_eta_task_limit": 10_000,
+        "worker_eta_task_limit": 2_000,
         "result_expires": 3600,
     }
     assert {name: getattr(conf, name) for name in expected} == expected
@@ -333,117 +262,3 @@ def test_stock_signing_put_back_in_another_way_is_found(worker: Settings) -> Non
     app.hardening.check(app)
     registry.register("auth", lambda _: b"", lambda _: None, content_type="application/data")
     assert _refused(app).code == "config.stock-signing"
-
-
-# --- the application's own classes and tasks --------------------------------------------------------------------------
-
-
-class OwnTask(Task):
-    """Stands for Django's: ``delay_on_commit``, a hook, an attribute."""
-
-    label = "own"
-
-    def delay_on_commit(self, *args: Any) -> Any:
-        return self.delay(*args)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return [self.label, super().__call__(*args, **kwargs)]
-
-
-class OwnAMQP(AMQP):
-    """An application's own."""
-
-    own = True
-
-
-def test_the_applications_task_class_stays_in_the_chain(worker: Settings) -> None:
-    app = _app(worker, task_cls=OwnTask)
-
-    @app.task(shared=False)
-    def double(number: int) -> int:
-        return number * 2
-
-    app.hardening.check(app)
-    task = app.tasks[double.name]
-    assert isinstance(task, OwnTask)
-    assert hasattr(task, "delay_on_commit")
-    assert task(4) == ["own", 8]
-    with pytest.raises(errors.InvalidArguments):
-        task("4")
-
-
-def test_the_applications_amqp_class_stays_in_the_chain(worker: Settings) -> None:
-    for given in (OwnAMQP, f"{__name__}:OwnAMQP"):
-        app = _app(worker, amqp=given)
-        assert isinstance(app.amqp, OwnAMQP)
-        assert isinstance(app.amqp, producer.SigningAMQP)
-
-
-def test_a_subclass_that_brings_its_own_result_backend_is_found(worker: Settings) -> None:
-    class App(Celery):
-        backend_cls = "redis://plain"
-
-    app = App("sub", set_as_current=False)
-    hardening.harden(app, worker)
-    assert _refused(app).setting == "result_backend"
-
-
-def test_a_subclass_of_celery_is_hardened(worker: Settings) -> None:
-    class App(Celery):
-        task_cls = OwnTask
-
-    app = App("sub", set_as_current=False)
-    hardening.harden(app, worker)
-    app.hardening.check(app)
-    assert isinstance(app.amqp, producer.SigningAMQP)
-
-
-def test_shared_tasks_and_tasks_made_before_and_after_are_all_strict(worker: Settings) -> None:
-    app = Celery("harden", set_as_current=False)
-
-    @app.task(shared=False)
-    def before(number: int) -> int:
-        return number
-
-    hardening.harden(app, worker)
-
-    @app.task(shared=False)
-    def after(number: int) -> int:
-        return number
-
-    app.finalize()
-
-    @app.task(shared=False)
-    def late(number: int) -> int:
-        return number
-
-    app.hardening.check(app)
-    assert documents.checksum.name in app.tasks
-    for name in (before.name, after.name, late.name):
-        assert app.tasks[name].run(1) == 1
-        with pytest.raises(errors.InvalidArguments):
-            app.tasks[name].run("1")
-    with pytest.raises(errors.InvalidArguments):
-        app.tasks[documents.checksum.name].run(1)
-
-
-def _loose(value):  # type: ignore[no-untyped-def]  # that is the point
-    return value
-
-
-def test_a_task_without_annotations_stops_the_worker(worker: Settings) -> None:
-    app = _app(worker)
-
-    app.task(shared=False, name="loose")(_loose)
-    refusal = _refused(app)
-    assert (refusal.setting, refusal.code) == ("task loose", "task.unannotated")
-    loose_app = Celery("loose", set_as_current=False)
-    hardening.harden(loose_app, worker, strict_arguments=False)
-    loose_app.task(shared=False, name="loose")(_loose)
-    loose_app.hardening.check(loose_app)
-
-
-def test_a_shared_task_is_sent_signed_through_the_hardened_application(service: Service) -> None:
-    result = service.client.app.tasks[documents.checksum.name].delay("x")
-    assert service.work() == 1
-    assert len(result.get(timeout=1)) == 64

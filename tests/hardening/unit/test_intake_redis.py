@@ -1,9 +1,13 @@
-"""Whatever lies in a Redis list becomes a message that kombu can deliver, with nothing in it that its sender chose."""
+"""Whatever lies in a Redis list becomes a message that kombu can deliver, with nothing in it that its sender chose.
+
+So does what comes on a channel, unless who waited for it has gone.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,3 +127,22 @@ def test_a_compression_is_refused_and_not_undone() -> None:
 @pytest.mark.parametrize(("length", "kept"), [(1, 10_000), (1_000, 10_000), (65_536, 1024), (2**21, 32), (2**26, 1)])
 def test_of_long_messages_fewer_are_kept(length: int, kept: int) -> None:
     assert intake_redis._last("x" * length) == kept - 1
+
+
+@pytest.fixture
+def channel() -> Any:
+    return object.__new__(intake_redis._Channel)
+
+
+@pytest.mark.parametrize("item", [b"garbage", b"[1]", b"\xff", b'{"__type__":"uuid","__value__":1}', b"[" * 50_000])
+def test_whatever_comes_on_a_channel_becomes_a_message_that_is_refused(channel: Any, item: bytes) -> None:
+    handled = channel._handle_message(None, [b"pmessage", b"pattern", b"/.x", item])
+    decoder = SimpleNamespace(decode_body=lambda *_: b"")
+    message = intake_redis.RedisMessage(json.loads(handled["data"]), channel=decoder)
+    assert isinstance(message.refusal, errors.Unparseable)
+    assert message.unparsed == item
+
+
+def test_what_comes_on_a_channel_after_its_consumer_has_gone_is_dropped(channel: Any) -> None:
+    channel._fanout_to_queue = {}
+    assert not channel._deliver_fanout_message({}, "gone")

@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from .certificates import header
-from .test_envelope import ALGORITHMS, CLIENTS, PAYLOAD, TASK, VERIFIER, _verifier
+from .envelopes import ALGORITHMS, CLIENTS, PAYLOAD, TASK, VERIFIER, _verifier
 
 # RFC 9864 renames EdDSA to Ed25519 and joserfc warns; PyJWT and most others know the name of RFC 8037 alone.
 _OLD_NAME = pytest.mark.filterwarnings("ignore:EdDSA is deprecated")

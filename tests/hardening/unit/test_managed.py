@@ -22,10 +22,11 @@ pki, values = test_settings.pki, test_settings.values
 WEAKER = hardening.settings.WEAKER
 SECRET = "p@ss:w/rd?#"
 SWITCHES = [f"{place}_{what}" for place in ("broker", "result_backend") for what in ("auth", "ca", "topology")]
+SWITCHES += ["replay_on_outage"]
 
 
 def weak(switch: str) -> str:
-    return {"auth": "password", "ca": "system", "topology": "app"}[switch.rpartition("_")[2]]
+    return {"auth": "password", "ca": "system", "topology": "app", "outage": "accept"}[switch.rpartition("_")[2]]
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_the_login_is_what_was_chosen(managed: dict[str, Any], pki: Any, strong:
 
 @pytest.mark.parametrize("chosen", list(itertools.product([False, True], repeat=4)))
 def test_servers_are_verified_whatever_is_chosen(managed: dict[str, Any], pki: Any, chosen: tuple[bool, ...]) -> None:
-    switches = [switch for switch in SWITCHES if not switch.endswith("topology")]
+    switches = [switch for switch in SWITCHES if switch.endswith(("_auth", "_ca"))]
     strong = {switch for switch, yes in zip(switches, chosen, strict=True) if yes}
     conf = hardened(strengthened(managed, pki, *strong)).conf
     broker, backend = conf.broker_use_ssl, conf.redis_backend_use_ssl

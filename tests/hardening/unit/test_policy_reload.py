@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from celery.exceptions import TaskRevokedError
 
-from ...project import audit, codec, consumer, envelope, errors, files
+from ...project import audit, codec, consumer, envelope, errors, files, refused
 from ...service import ROOT, Service
 from . import documents
 from .desk import Channel, delivered
@@ -264,6 +264,27 @@ def test_what_comes_again_with_a_new_connection_is_counted_once(shop: Shop) -> N
     assert (shop.service.work(), shop.codes()) == (0, ["policy.rate"])
 
 
+def test_what_is_given_back_is_no_more_than_there_was(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.rate("2/h")
+    gate, clock = shop.service.gate, time.monotonic
+    for _ in range(2):
+        assert gate.receive(delivered(shop.sent(), content_type=envelope.CONTENT_TYPE)) is not None
+    monkeypatch.setattr("kombu.utils.limits.monotonic", lambda: clock() + 7200)  # there is room for two again
+    gate.guard.connected(None, set())
+    for _ in range(3):
+        shop.send()
+    assert (shop.service.work(), shop.codes()) == (2, ["policy.rate"])
+
+
+def test_what_another_worker_has_admitted_is_not_counted_again(shop: Shop) -> None:
+    shop.rate("1/h")
+    shop.send()
+    assert shop.service.work() == 1
+    message = delivered(shop.sent(), content_type=envelope.CONTENT_TYPE, delivery_info={"redelivered": True})
+    assert shop.service.receive(message)
+    assert shop.codes() == []
+
+
 def test_what_a_message_starts_is_counted_too(shop: Shop) -> None:
     shop.rate("2/h")
     task = shop.service.client.app.tasks[TASK]
@@ -327,6 +348,17 @@ def test_what_waited_too_long_or_for_a_right_that_is_gone_does_not_start(
     assert record["code"] == leaf.code
     with pytest.raises(leaf):
         shop.service.client.app.AsyncResult(request.id).get(timeout=1)
+
+
+def test_what_did_not_start_runs_when_it_is_released(shop: Shop) -> None:
+    request, _ = waiting(shop)
+    shop.change(CLIENT, "[callers.other]")
+    assert not starts(request)
+    shop.file.write_text(shop.text)
+    operator = shop.service.party("operator").app
+    (message,) = shop.service.deliveries(shop.service.rules.quarantine)
+    refused.release(operator, refused.Refused(operator.hardening, message.body, message.ack))
+    assert (shop.service.work(), shop.codes()) == (1, [])
 
 
 def test_a_signed_message_says_nothing_of_limits(shop: Shop) -> None:

@@ -148,6 +148,21 @@ def test_only_an_operator_releases(desk: Desk, role: str) -> None:
     assert desk.refusal(_release(desk, body, party.signer))["code"] == "control.denied"
 
 
+def test_an_operator_without_the_right_releases_nothing(desk: Desk, operator: Party) -> None:
+    """Who has left has no stanza any more; its certificate may still be good."""
+    found = quarantined(desk, expired(desk), operator)
+    nobody = issued(desk, named_as(desk, "operator/nobody"))
+    assert desk.refusal(_release(desk, found.envelope, nobody))["code"] == "control.denied"
+    policy = operator.app.hardening.policy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy._rule(operator.identity), "controls", {"ping"})
+        with pytest.raises(errors.ControlDenied):
+            refused.release(operator.app, found)
+    assert found.removed == 0
+    refused.release(operator.app, found)
+    assert desk.service.work() == 1
+
+
 FORGERIES: dict[str, tuple[str, Any]] = {
     "of another message": ("message.signature", lambda desk, body: _release(desk, body, of="0" * 64)),
     "altered": ("message.signature", lambda desk, body: _release(desk, body)[:-4] + b"AAAA"),

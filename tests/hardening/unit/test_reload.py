@@ -1,127 +1,38 @@
-"""Keys, certificates, anchors and revocation lists that are replaced while everything runs."""
+"""Keys, certificates and anchors that are replaced while everything runs, and what is said before they run out."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from celery import Celery
-from celery.exceptions import TaskRevokedError
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from ...project import audit, consumer, envelope, errors, hardening, settings
+from ...project import errors, settings
 from ...service import MemorySettings, Party, Service
 from . import documents
-from .certificates import HOUR, NOW, Pair, authority, revocations, signing
+from .certificates import HOUR, NOW, Pair, authority, revocations
+from .rotation import (
+    TASK,
+    at_once,
+    ca,
+    events,
+    files,
+    issue,
+    pem,
+    put,
+    put_certificate,
+    put_key,
+    sends,
+    serial,
+    service,
+    twin,
+)
 
-TASK = envelope.Type.TASK
-EVENTS = [event for event in audit.Event if event.startswith("credentials.")]
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look at the files at each use."""
-    monkeypatch.setattr(settings.Credentials, "LOOK", 0.0)
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Service:
-    return Service(tmp_path)
-
-
-@pytest.fixture
-def events(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """Return what was said of credentials since it was asked last."""
-    caplog.set_level(logging.INFO, logger=audit.logger.name)
-
-    def said() -> list[dict[str, Any]]:
-        found = [record.audit for record in caplog.records if hasattr(record, "audit")]
-        caplog.clear()
-        return [event for event in found if event["event"] in EVENTS]
-
-    return said
-
-
-def files(party: Party) -> settings.Settings:
-    own: settings.Settings = party.app.hardening.settings
-    return own
-
-
-def ca(service: Service) -> Pair:
-    return Pair(service.pki.signing.key, (service.pki.signing.root,))
-
-
-def issue(service: Service, party: Party, issuer: Pair | None = None, uri: str = "", **options: Any) -> Pair:
-    """Issue a certificate that is valid within its CA's life."""
-    issuer = issuer or ca(service)
-    valid = (issuer.leaf.not_valid_before_utc, issuer.leaf.not_valid_after_utc)
-    return signing(uri or str(party.identity), issuer, **{"valid": valid, **options})
-
-
-def pem(key: Any, password: bytes | None = None) -> bytes:
-    encryption = BestAvailableEncryption(password) if password else NoEncryption()
-    content: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
-    return content
-
-
-def put(path: Path, content: bytes) -> None:
-    """Write a file in place, as a person with an editor does."""
-    with path.open("r+b") as file:
-        file.truncate()
-        file.write(content)
-
-
-def put_key(party: Party, pair: Pair) -> None:
-    put(files(party).security_key, pem(pair.key))
-
-
-def put_certificate(party: Party, pair: Pair) -> None:
-    put(files(party).security_certificate, b"".join(each.public_bytes(Encoding.PEM) for each in pair.chain))
-
-
-def load(party: Party) -> Any:
-    return load_pem_private_key(files(party).security_key.read_bytes(), None)
-
-
-def twin(service: Service, folder: Path, issuer: Pair | None = None, **options: Any) -> Party:
-    """Make a second client of the same identity, with a certificate and files of its own."""
-    pair, own = issue(service, service.client, issuer, **options), files(service.client).model_dump()
-    own |= {"security_key": folder / "twin-key.pem", "security_certificate": folder / "twin.pem"}
-    own["security_key"].write_bytes(pem(pair.key))
-    own["security_key"].chmod(0o600)
-    own["security_certificate"].write_bytes(pair.leaf.public_bytes(Encoding.PEM))
-    app = Celery("twin", set_as_current=False)
-    hardening.harden(app, MemorySettings(**own))
-    return Party(app, service.client.identity)
-
-
-def serial(party: Party) -> int:
-    """Return the number of the certificate that a party signs with."""
-    number: int = party.signer.chain[0].serial_number
-    return number
-
-
-def sends(service: Service, party: Party | None = None) -> bool:
-    """Send a task; say whether it ran, and assert that it was refused as revoked if not."""
-    service.send(documents.checksum, "text", party=party)
-    if service.work():
-        return True
-    (record,) = service.quarantined()
-    assert record["code"] == "signer.revoked"
-    return False
-
+__all__ = ["at_once", "events", "service"]
 
 # --- the own key and certificate --------------------------------------------------------------------------------------
 
@@ -319,123 +230,6 @@ def test_a_ca_that_goes_waits_for_no_key(service: Service, events: Callable[[], 
     assert "trust" not in said
     put(service.pki.store / "ca.pem", service.pki.signing.root.public_bytes(Encoding.PEM))
     assert [record["code"] for record in service.quarantined()] == ["signer.untrusted"]
-
-
-# --- revocation -------------------------------------------------------------------------------------------------------
-
-
-def test_a_revoked_keys_messages_are_refused_and_others_are_not(service: Service, tmp_path: Path) -> None:
-    stolen = twin(service, tmp_path)
-    assert sends(service, stolen)
-    waiting = service.send(documents.checksum, "text", party=stolen)
-    service.pki.revoke(serial(stolen))
-    assert service.work() == 0  # although it was sent before
-    assert [record["code"] for record in service.quarantined()] == ["signer.revoked"]
-    assert waiting.state == "PENDING"
-    forged = envelope.Signer(load(stolen), stolen.signer.chain).sign(TASK, b"{}")
-    service.publish(forged)
-    assert service.work() == 0
-    assert [record["code"] for record in service.quarantined()] == ["signer.revoked"]
-    assert sends(service)  # the same identity, with another certificate
-
-
-def test_a_revoked_workers_results_are_refused(service: Service) -> None:
-    result = service.send(documents.checksum, "text")
-    assert service.work() == 1
-    assert result.get(timeout=1)
-    fresh = service.client.app.AsyncResult(result.id)
-    service.pki.revoke(serial(service.worker))
-    with pytest.raises(errors.RevokedSigner):
-        fresh.get(timeout=1)
-
-
-def test_a_message_that_waits_in_the_worker_is_refused_when_its_turn_comes(service: Service, tmp_path: Path) -> None:
-    stolen, app = twin(service, tmp_path), service.worker.app
-    for party in (stolen, service.client):
-        service.send(documents.checksum, "text", party=party)
-    requests = []
-    for message in service.deliveries():
-        admitted = service.gate.receive(message)
-        assert admitted
-        task = app.tasks[admitted.headers["task"]]
-        own = {"on_ack": admitted.ack_log_error, "on_reject": admitted.reject_log_error}
-        requests.append((message, consumer.HardenedRequest(admitted, app=app, task=task, hostname="test", **own)))
-    service.pki.revoke(serial(stolen))
-    (revoked, first), (genuine, second) = requests
-    with pytest.raises(TaskRevokedError):
-        first.execute_using_pool(None)
-    assert revoked.acknowledged
-    assert [record["code"] for record in service.quarantined()] == ["signer.revoked"]
-    assert first.revoked()
-    assert service.quarantined() == []  # once
-    assert second.execute()
-    assert genuine.acknowledged
-
-
-def test_nobody_signs_with_a_certificate_that_all_would_refuse(service: Service) -> None:
-    service.pki.revoke(serial(service.client))
-    with pytest.raises(errors.ConfigurationRefused, match=r"has been revoked \[signer.revoked\].*; Issue") as caught:
-        service.send(documents.checksum, "text")
-    assert caught.value.code == "config.certificate"
-    assert list(service.deliveries()) == []
-    new = issue(service, service.client)
-    put_key(service.client, new)
-    put_certificate(service.client, new)
-    assert sends(service)
-
-
-def test_nobody_signs_with_a_certificate_that_has_expired(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sends(service)
-    later = service.client.signer.chain[0].not_valid_after_utc.timestamp() + 2
-    monkeypatch.setattr(settings, "time", SimpleNamespace(time=lambda: later, monotonic=time.monotonic))
-    with pytest.raises(errors.ConfigurationRefused, match=r"had expired, or was.*: it is valid from") as caught:
-        service.send(documents.checksum, "text")
-    assert caught.value.code == "config.certificate"
-
-
-def test_a_revoked_process_does_not_start(service: Service) -> None:
-    service.pki.revoke(serial(service.client))
-    with pytest.raises(errors.ConfigurationRefused, match=r"has been revoked"):
-        settings.Credentials(files(service.client))
-
-
-@pytest.mark.parametrize("damage", ["gone", "half", "foreign", "older"])
-def test_a_damaged_list_leaves_the_old_one(
-    service: Service, tmp_path: Path, events: Callable[[], Any], damage: str
-) -> None:
-    stolen, file = twin(service, tmp_path), service.pki.store / "ca.crl"
-    token = stolen.signer.sign(TASK, b"{}")
-    service.pki.revoke(serial(stolen))
-    content = file.read_bytes()
-    assert sends(service)
-    events()
-    if damage == "gone":
-        file.unlink()
-    else:
-        old = revocations(ca(service), made=service.pki.signing.root.not_valid_before_utc)
-        put(file, {"half": content[: len(content) // 2], "foreign": revocations(authority()), "older": old}[damage])
-    for _ in range(2):
-        service.publish(token)
-        assert service.work() == 0
-        assert [record["code"] for record in service.quarantined()] == ["signer.revoked"]
-    assert sends(service)
-    for said in events():  # a client's and a worker's
-        assert said["event"] == "credentials.refused"
-        assert "revocation list" in said["trust"] or "a CA's list" in said["trust"]
-    file.write_bytes(content)
-    assert sends(service)
-    assert {event["event"] for event in events()} == {"credentials.loaded"}
-
-
-def test_a_revocation_waits_for_no_key(service: Service, tmp_path: Path) -> None:
-    stolen = twin(service, tmp_path)
-    token = stolen.signer.sign(TASK, b"{}")
-    put_key(service.worker, issue(service, service.worker))
-    service.pki.revoke(serial(stolen))
-    service.publish(token)
-    assert service.work() == 0
-    assert [record["code"] for record in service.quarantined()] == ["signer.revoked"]
-    assert sends(service)
 
 
 # --- what runs out ----------------------------------------------------------------------------------------------------

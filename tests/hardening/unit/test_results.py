@@ -5,25 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import time
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from celery import Celery, states
-from celery.result import AsyncResult, GroupResult
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from celery.result import AsyncResult
 from kombu.exceptions import EncodeError
 
-from ...project import codec, envelope, errors, ownership, results
-from ...service import Party, Service
-from . import certificates, documents
+from ...project import codec, envelope, errors, results
+from . import certificates
+from .store import ECHO, META, PREFIX, RESULT, Store, _group, _issued, _part, _refused
 
-RESULT = envelope.Type.RESULT
-PREFIX = documents.checksum.name.rpartition(".documents.")[0]
-ECHO, FAIL = f"{PREFIX}.echo", f"{PREFIX}.fail"
+FAIL = f"{PREFIX}.fail"
 SECRET = "swordfish"
 
 
@@ -31,82 +23,15 @@ class OutOfStock(Exception):
     """A failure of the application's own."""
 
 
-class Store:
-    """A service, and the hands of someone who can write to its result backend."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.beat = service.party("beat")
-
-        @service.worker.app.task(name=ECHO, shared=False, ignore_result=False)
-        def echo(value: Any) -> Any:
-            return value
-
-        @service.worker.app.task(name=FAIL, shared=False, ignore_result=False)
-        def fail(kind: str) -> None:
-            raise {"own": OutOfStock("a", 1), "built-in": ValueError("b"), "odd": OSError(object())}[kind]
-
-    def send(self, name: str = ECHO, *args: Any, party: Party | None = None, **options: Any) -> AsyncResult:
-        """Send a task as a caller does."""
-        app = (party or self.service.client).app
-        return app.send_task(name, args or ("v",), **{"ignore_result": False, **options})
-
-    def run(self, name: str = ECHO, *args: Any, party: Party | None = None, **options: Any) -> AsyncResult:
-        """Send a task and let the worker run it."""
-        result = self.send(name, *args, party=party, **options)
-        assert self.service.work() == 1
-        return result
-
-    def read(self, result: AsyncResult) -> bytes:
-        """Read a stored value as it is."""
-        backend = result.app.backend
-        value: bytes = backend.get(backend.get_key_for_task(result.id))
-        return value
-
-    def write(self, result: AsyncResult, value: Any) -> None:
-        """Write any value where this result is stored."""
-        backend = result.app.backend
-        backend.set(backend.get_key_for_task(result.id), value)
-
-    def forge(self, result: AsyncResult, signer: envelope.Signer, **changes: Any) -> bytes:
-        """Return a value for this result, signed by anyone."""
-        value = {"status": "SUCCESS", "result": "forged", "task_id": result.id, "traceback": None, "children": []}
-        claims = {
-            "iss": str(signer.identity),
-            "aud": str(self.service.client.identity.audience),
-            "iat": int(time.time()),
-            "owner": str(self.service.client.identity),
-            "kind": "result",
-            "of": result.id,
-            "value": value,
-        }
-        return signer.sign(RESULT, codec.encode(claims | changes))
-
-
 @pytest.fixture(scope="module")
-def one_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(Service(tmp_path_factory.mktemp("results")))
+def one_store(one_store: Store) -> Store:
+    """Give the worker a task that fails, too."""
 
+    @one_store.service.worker.app.task(name=FAIL, shared=False, ignore_result=False)
+    def fail(kind: str) -> None:
+        raise {"own": OutOfStock("a", 1), "built-in": ValueError("b"), "odd": OSError(object())}[kind]
 
-@pytest.fixture
-def store(one_store: Store) -> Iterator[Store]:
-    yield one_store
-    left = [*one_store.service.deliveries(), *one_store.service.quarantined()]
-    assert left == []
-
-
-def _issued(store: Store, role: str, start: int = -120, end: int = 86_400, environment: str = "development") -> Any:
-    authority = store.service.pki.signing
-    own = store.service.client.identity
-    uri = f"spiffe://{own.trust_domain}/{environment}/{own.application}/{role}"
-    valid = tuple(datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=seconds) for seconds in (start, end))
-    return certificates.signing(uri, certificates.Pair(authority.key, (authority.root,)), valid=valid).signer
-
-
-def _refused(leaf: type[errors.MessageRefused], result: AsyncResult) -> None:
-    with pytest.raises(errors.MessageRefused) as caught:
-        result.get(timeout=1)
-    assert type(caught.value) is leaf
+    return one_store
 
 
 # --- genuine ----------------------------------------------------------------------------------------------------------
@@ -147,9 +72,20 @@ def test_a_result_without_a_json_form_fails_the_task(store: Store) -> None:
         store.service.worker.app.backend.encode({"status": "SUCCESS", "task_id": "1", "result": object()})
 
 
-# --- forged -----------------------------------------------------------------------------------------------------------
+def test_an_exceptions_form_is_made_without_signing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_key(*_: Any) -> bytes:
+        raise AssertionError
 
-META = {"status": "SUCCESS", "result": "forged", "traceback": None, "children": []}
+    monkeypatch.setattr(envelope.Signer, "sign", no_key)
+    backend = store.service.worker.app.backend
+    assert backend.prepare_exception(OutOfStock("a", 1)) == {
+        "exc_type": "OutOfStock",
+        "exc_message": ("a", 1),
+        "exc_module": __name__,
+    }
+
+
+# --- forged -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,166 +236,6 @@ def test_a_refused_result_is_one_event_without_its_content(store: Store, caplog:
     assert SECRET not in caplog.text
     codes = [record.audit["code"] for record in caplog.records if record.name == "secure_celery.audit"]
     assert codes == ["message.unsigned", "result.foreign"]
-
-
-# --- chord parts and groups -------------------------------------------------------------------------------------------
-
-
-def _signed(store: Store, data: Any) -> bytes:
-    """Return a genuine value for the client, of any kind that the worker may sign."""
-    request = type("Request", (), {"owner": str(store.service.client.identity), "origin": ""})
-    with ownership.acting_for(request):
-        value: bytes = store.service.worker.app.backend.encode(data)
-    return value
-
-
-def _part(store: Store, task_id: str) -> bytes:
-    return _signed(store, [1, task_id, states.SUCCESS, "part"])
-
-
-def _group(store: Store, group_id: str) -> bytes:
-    return _signed(store, {"result": [[group_id, None], []]})
-
-
-def test_a_genuine_value_of_another_kind_is_no_result(store: Store) -> None:
-    result = store.run()
-    for value in (_part(store, result.id), _group(store, result.id)):
-        store.write(result, value)
-        _refused(errors.ForeignResult, result)
-
-
-def _write_group(store: Store, group_id: str, value: bytes) -> None:
-    backend = store.service.client.app.backend
-    backend.set(backend.get_key_for_group(group_id), value)
-
-
-def _saved(store: Store, app: Celery | None = None) -> GroupResult:
-    app = app or store.service.client.app
-    group = GroupResult("group-1", [AsyncResult("a", app=app), AsyncResult("b", app=app)], app=app)
-    group.save(backend=app.backend)
-    return group
-
-
-def _restore(store: Store, group_id: str, app: Celery | None = None) -> Any:
-    app = app or store.service.client.app
-    app.backend._cache.pop(group_id, None)
-    return GroupResult.restore(group_id, backend=app.backend, app=app)
-
-
-def test_a_group_comes_back_to_who_saved_it(store: Store) -> None:
-    group = _saved(store)
-    assert _restore(store, "group-1") == group
-    assert _restore(store, "never saved") is None
-    assert _restore(store, "group-1", store.beat.app) is None
-
-
-def test_another_group_under_this_id_is_refused(store: Store) -> None:
-    backend = store.service.client.app.backend
-    _saved(store)
-    _write_group(store, "group-2", backend.get(backend.get_key_for_group("group-1")))
-    with pytest.raises(errors.ForeignResult):
-        _restore(store, "group-2")
-
-
-def test_a_group_that_another_caller_saved_is_refused(store: Store) -> None:
-    _saved(store, store.beat.app)
-    beat = store.beat.app.backend
-    _write_group(store, "group-1", beat.get(beat.get_key_for_group("group-1")))
-    with pytest.raises(errors.ForeignResult):
-        _restore(store, "group-1")
-
-
-def test_what_is_no_group_is_refused_in_its_place(store: Store) -> None:
-    result = store.run()
-    for value in (store.read(result), _part(store, "group-1")):
-        _write_group(store, "group-1", value)
-        with pytest.raises(errors.ForeignResult):
-            _restore(store, "group-1")
-    _write_group(store, "group-1", b'{"result": [["group-1", null], []]}')
-    with pytest.raises(errors.Unsigned):
-        _restore(store, "group-1")
-
-
-def test_a_group_of_results_is_joined_and_each_is_verified(store: Store) -> None:
-    app = store.service.client.app
-    each = [store.run(ECHO, number) for number in range(3)]
-    assert GroupResult("g", each, app=app).join_native(timeout=1) == [0, 1, 2]
-    fresh = [AsyncResult(result.id, app=app) for result in each]
-    for result in fresh:
-        app.backend._cache.pop(result.id, None)
-    store.write(each[1], store.read(each[2]))
-    with pytest.raises(errors.ForeignResult):
-        GroupResult("g", fresh, app=app).join_native(timeout=1)
-
-
-# --- who signs what ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("role", ["client", "beat", "operator", "monitor"])
-def test_only_a_worker_signs_results(store: Store, role: str) -> None:
-    backend = store.service.party(role).app.backend
-    for data in ({"status": "SUCCESS", "task_id": "1"}, [1, "1", "SUCCESS", None]):
-        with pytest.raises(PermissionError):
-            backend.encode(data)
-    with pytest.raises(PermissionError):
-        backend.store_result("1", "forged", states.SUCCESS)
-    backend.encode({"result": [["group", None], []]})
-
-
-_ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.just("SUCCESS"),
-    lambda v: (
-        st.lists(v, max_size=5)
-        | st.dictionaries(st.sampled_from(["status", "task_id", "result", "iss", "task", "args", "a"]), v, max_size=5)
-    ),
-    max_leaves=8,
-)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(_ANYTHING)
-def test_the_encoder_signs_results_parts_and_groups_alone(store: Store, data: Any) -> None:
-    """A worker must not be made to sign what could pass for something else (F26)."""
-    match data:
-        case {"status": str(), "task_id": str()} | [_, str(), str(), _] | {"result": [[str(), _], [*_]]}:
-            pass
-        case _:
-            with pytest.raises(PermissionError):
-                store.service.worker.app.backend.encode(data)
-            return
-    if isinstance(data, dict) and "status" not in data and len(data) > 1:
-        return
-    value = store.service.worker.app.backend.encode(data)
-    for other in (envelope.Type.TASK, envelope.Type.QUARANTINE):
-        with pytest.raises(errors.WrongType):
-            store.service.client.app.hardening.verifier.verify(other, value)
-
-
-def test_what_a_worker_signs_as_a_result_is_no_task(store: Store) -> None:
-    claims = {"task": {"name": ECHO, "id": "1"}, "args": [], "kwargs": {}, "embed": {}}
-    value = _signed(store, {"status": "SUCCESS", "task_id": "1", "result": claims, **claims})
-    store.service.publish(value)
-    assert store.service.work() == 0
-    assert [record["code"] for record in store.service.quarantined()] == ["message.type"]
-
-
-def test_an_exceptions_form_is_made_without_signing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_key(*_: Any) -> bytes:
-        raise AssertionError
-
-    monkeypatch.setattr(envelope.Signer, "sign", no_key)
-    backend = store.service.worker.app.backend
-    assert backend.prepare_exception(OutOfStock("a", 1)) == {
-        "exc_type": "OutOfStock",
-        "exc_message": ("a", 1),
-        "exc_module": __name__,
-    }
-
-
-def test_a_pools_child_hands_its_parent_an_exception_and_no_stored_form(store: Store) -> None:
-    """Celery asks for ``pickle`` where it reports its own failures; it needs an exception there."""
-    handed = store.service.worker.app.backend.prepare_exception(ValueError("x"), "pickle")
-    assert isinstance(handed, ValueError)
 
 
 # --- waiting on a channel ---------------------------------------------------------------------------------------------

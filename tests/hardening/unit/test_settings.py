@@ -220,7 +220,7 @@ def test_another_broker_than_the_topologys_is_refused(values: dict[str, Any]) ->
 
 
 def test_the_backends_password_comes_from_its_file_and_is_quoted(values: dict[str, Any]) -> None:
-    url = Settings(**values).result_backend_url()
+    url = Settings(**values).result_backend_address
     assert url == f"rediss://{_application()}.client:pa%20ss%2Fw%40rd%3A%23%3F@127.0.0.1:6380/0"
     assert "pa%20" not in repr(Settings(**values))
 

@@ -126,9 +126,8 @@ class TaskClaims(Signed):
     def parse(cls, payload: bytes) -> Self:
         """Parse a verified payload; raises as ``Signed.parse``, or for what is no time."""
         claims = super().parse(payload)
-        for moment in (claims.task.eta, claims.task.expires):
-            if moment is not None:
-                utc(moment)
+        for moment in filter(None, (claims.task.eta, claims.task.expires)):
+            utc(moment)
         return claims
 
 

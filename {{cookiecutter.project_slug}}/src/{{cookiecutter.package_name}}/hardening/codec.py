@@ -23,6 +23,8 @@ from .errors import BadShape
 
 #: How deep lists and objects may be nested.
 DEPTH_MAX = 100
+#: Most values in one JSON text, as counted by its commas: each takes many times its bytes in memory.
+VALUES_MAX = 50_000
 
 
 class _Encoder(kombu_json.JSONEncoder):
@@ -69,8 +71,7 @@ def encode(value: object) -> bytes:
         kombu.exceptions.EncodeError: the value has no JSON form; Celery reports that to the caller or as the result.
     """
     try:
-        text: str = _encode(value)
-        return text.encode("ascii")
+        return str(_encode(value)).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
         raise EncodeError(f"not JSON: {error}") from error
 
@@ -80,9 +81,12 @@ def decode(data: bytes) -> Any:
 
     Raises:
         BadShape: not UTF-8, not JSON, a duplicate key, a number or constant that JSON does not have, nested deeper
-            than :data:`DEPTH_MAX`, or a marked value (date, decimal, UUID) that does not parse.
+            than :data:`DEPTH_MAX`, more than :data:`VALUES_MAX` values, or a marked value (date, decimal,
+            UUID) that does not parse.
     """
     try:
+        if data.count(b",") > VALUES_MAX:
+            raise ValueError("too many values")
         value = _decode(data.decode("utf-8"))
         if data.count(b"[") + data.count(b"{") > DEPTH_MAX:  # with fewer it cannot be that deep
             _limit_depth(value)

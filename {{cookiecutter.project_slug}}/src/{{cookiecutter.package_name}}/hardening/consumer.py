@@ -41,7 +41,7 @@ class HardenedRequest(Request):
     def revoked(self) -> bool:
         """Say whether it may not start any more, after it has waited: for its time, a rate limit or a free process."""
         if not self._already_revoked and not self.message.still_trusted():
-            self.message.claim.settle()
+            self.message.claim.settle(again=True)  # it has not run, and may be released
             self._already_revoked = True
             state.task_ready(self)
         if super().revoked():
@@ -80,9 +80,7 @@ class HardenedConsumer(Consumer):
     class Blueprint(Consumer.Blueprint):
         """Celery's steps without delayed delivery's, which declares what the operator has declared (topology.toml)."""
 
-        default_steps = tuple(
-            step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")
-        )
+        default_steps = tuple(step for step in Consumer.Blueprint.default_steps if "DelayedDelivery" not in step)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Gossip and mingle let workers tell each other what to do and what is revoked, which is not theirs to say.
@@ -104,8 +102,7 @@ class HardenedConsumer(Consumer):
         handle, guard = super().create_task_handler(*args, **kwargs), self._gate.guard
 
         def on_task_received(message: Any) -> None:
-            admitted = self._gate.receive(message)
-            if admitted is None:
+            if (admitted := self._gate.receive(message)) is None:
                 return
             try:
                 handle(admitted)
@@ -151,8 +148,8 @@ def preflight(app: Any, role: Role, accounts: Container[str]) -> Hardening:
     # The saved user too: with it a process can become root again. macOS does not tell it.
     users = os.getresuid() if hasattr(os, "getresuid") else (os.getuid(), os.geteuid())
     if 0 in users:
-        fix = "start it as an unprivileged user"
-        raise ConfigurationRefused("user", f"{role} may not run as root", fix, "worker.root")
+        reason = f"{role} may not run as root"
+        raise ConfigurationRefused("user", reason, "start it as an unprivileged user", "worker.root")
     hardening: Hardening = app.hardening
     if (file := hardening.settings.heartbeat_file) is not None:
         try:

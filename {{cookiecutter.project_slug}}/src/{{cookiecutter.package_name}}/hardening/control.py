@@ -267,7 +267,8 @@ class SignedMailbox(Mailbox):
                 answer, _ = verify(self.hardening, Reply, enveloped(message))
             except Exception as error:
                 return _refuse(audit.Event.REPLY_REFUSED, error)
-            if answer.ticket == ticket and answer.node not in replies:  # others are to a colleague, or came twice
+            # Others are to a colleague, of a node that was not asked, or came twice.
+            if answer.ticket == ticket and answer.node not in replies and answer.node in (destination or [answer.node]):
                 replies[answer.node] = answer.reply
                 deadline = time.monotonic() + wait
                 if callback:

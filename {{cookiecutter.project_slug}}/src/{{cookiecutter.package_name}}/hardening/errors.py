@@ -228,11 +228,11 @@ class Replayed(MessageRefused):
 
 
 class DelayTooLong(MessageRefused):
-    """The message is to wait longer than workers accept."""
+    """The message is to wait longer than workers accept; or it waits in one, where RabbitMQ could keep it."""
 
     code = "message.delay"
     curable = True
-    fix = "Send it nearer to its time, or raise `message_max_delay` in producer and worker."
+    fix = "Send it by Celery, nearer to its time, or raise `message_max_delay` in producer and worker."
 
 
 class UnknownTask(MessageRefused):

@@ -38,8 +38,7 @@ def settings() -> list[str]:
     Raises:
         ConfigurationRefused: a process with these settings would not start.
     """
-    weakenings = Settings().weakenings
-    return [f"weaker: {each}" for each in weakenings] or ["no setting weakens anything"]
+    return [f"weaker: {each}" for each in Settings().weakenings] or ["no setting weakens anything"]
 
 
 def decision(file: Path, signer: str, task: str | None, queue: str | None, method: str | None) -> tuple[bool, str]:

@@ -28,8 +28,7 @@ class Gate:
     """Admits or refuses task messages for one application."""
 
     def __init__(self, app: Any, hardening: Hardening) -> None:
-        self._app = app
-        self._hardening = hardening
+        self._app, self._hardening = app, hardening
         self._quarantine = Quarantine(app, hardening)
         self.guard = Guard(hardening.replay_store, hardening.settings)
 
@@ -44,8 +43,9 @@ class Gate:
             claim = self.guard.claim(message, admitted.claims)
             if claim is None:
                 return None
-            # After the claim: a copy is no message of its signer's, and is not counted.
-            claim.counted = self._hardening.policy.admit(admitted.claims)
+            # After the claim: a copy is no message of its signer's, and is not counted. What comes again was counted.
+            if not admitted.delivery_info["redelivered"]:
+                claim.counted = self._hardening.policy.admit(admitted.claims)
         except errors.MessageRefused as refusal:
             if claim is not None:
                 refusal.claims = admitted.claims
@@ -93,6 +93,7 @@ class Gate:
             raise errors.WrongAudience
         if claims.owner != claims.iss and not verified.signer.identity.works_for(claims.aud):
             raise errors.BadShape("owner")
+        Identity.parse(claims.owner)
         return claims
 
     def _judge(self, claims: TaskClaims, grace: int) -> None:
@@ -112,7 +113,8 @@ class Gate:
         if claims.iat > now + skew:
             raise errors.FromTheFuture
         start = max(claims.iat, utc(task.eta).timestamp() if task.eta else 0)
-        if start > claims.iat + settings.message_max_delay:
+        # What waits here and not at the broker, which could keep it, would keep others out of the worker.
+        if start > min(claims.iat + settings.message_max_delay, now + skew + self._hardening.broker.early):
             raise errors.DelayTooLong
         if claims.exp > start + settings.message_max_age + 1:
             raise errors.BadShape("exp")

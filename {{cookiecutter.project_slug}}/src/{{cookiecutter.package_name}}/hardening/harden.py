@@ -104,11 +104,6 @@ class Hardening:
         return frozenset(self.topology.queue(name).broker_name for name in (pool.queues if pool else ()))
 
     @cached_property
-    def result_backend(self) -> str:
-        """The result backend's address with its password, as it was at the start."""
-        return self.settings.result_backend_url()
-
-    @cached_property
     def replay_store(self) -> ReplayStore:
         """Where it is noted which messages have run."""
         return self.settings.open_replay_store(self.topology.replays)
@@ -119,9 +114,8 @@ class Hardening:
         Raises:
             ConfigurationRefused: one of them is missing, insecure or malformed.
         """
-        _ = self.signer, self.verifier, self.topology, self.policy
+        _ = self.signer, self.verifier, self.topology, self.policy, self.works and self.replay_store
         _ = self.settings.broker_tls, self.settings.result_backend_tls
-        _ = self.works and self.replay_store
 
     def tell_weakenings(self) -> None:
         """Log each setting that is weaker than its default."""
@@ -146,7 +140,7 @@ class Hardening:
         topology, worker = self.topology, self.works
         return {
             **self.broker.configuration(),
-            "result_backend": self.result_backend,
+            "result_backend": self.settings.result_backend_address,
             "redis_backend_use_ssl": self.settings.result_backend_tls.redis(),
             "result_backend_transport_options": {
                 "global_keyprefix": f"{topology.application}:",
@@ -187,7 +181,7 @@ class Hardening:
             "worker_prefetch_multiplier": 1,
             "worker_max_tasks_per_child": 1000,
             "worker_max_memory_per_child": 512 * 1024,  # KiB
-            "worker_eta_task_limit": 10_000,  # messages that wait in a worker for their time
+            "worker_eta_task_limit": 2_000,  # messages that wait in a worker for their time
             "worker_cancel_long_running_tasks_on_connection_loss": True,
             "worker_proc_alive_timeout": 30.0,
             "broker_connection_retry_on_startup": True,
@@ -241,9 +235,8 @@ def harden(app: Celery, settings: Settings, *, strict_arguments: bool = True) ->
     if app.conf.beat_scheduler != NAMESPACES["beat"]["scheduler"].default:
         reason = "another one's schedule would be forgotten"
         raise ConfigurationRefused("beat_scheduler", reason, "put it into `beat_schedule`")
-    for name in _ENVIRONMENT:
-        if os.environ.get(name):
-            raise ConfigurationRefused(name, "is set, and Celery would use it instead", "unset it, or drop `-b`")
+    for name in filter(os.environ.get, _ENVIRONMENT):
+        raise ConfigurationRefused(name, "is set, and Celery would use it instead", "unset it, or drop `-b`")
     hardening = Hardening(settings, strict_arguments)
     hardening.load()
     configuration = hardening.configuration()

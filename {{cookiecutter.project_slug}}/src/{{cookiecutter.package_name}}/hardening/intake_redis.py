@@ -239,6 +239,7 @@ class Redis:
 
     def __init__(self, settings: Settings, topology: Topology, own: Identity) -> None:
         self._settings, self._topology, self._own = settings, topology, own
+        self.early = settings.message_max_delay  # nothing is kept back until its time
 
     def configuration(self) -> dict[str, Any]:
         """Return the Celery settings that must hold."""

@@ -19,7 +19,6 @@ from billiard import pool
 
 logger = logging.getLogger(__name__)
 
-_KIB = 1024
 #: How far a task may go beyond ``worker_max_memory_per_child``, at which its process is replaced when it has ended.
 _MEMORY_FACTOR = 2
 #: Files and sockets that a task may have open at once, and some more with which its failure is stored.
@@ -31,7 +30,7 @@ def limit_process(app: Any) -> None:
     limits = [(resource.RLIMIT_CORE, 0, 0), (resource.RLIMIT_NOFILE, _FILES, _FILES + _SPARE)]
     kib = app.conf.worker_max_memory_per_child
     if kib:
-        limits.append((resource.RLIMIT_DATA, *(_MEMORY_FACTOR * kib * _KIB,) * 2))
+        limits.append((resource.RLIMIT_DATA, *(_MEMORY_FACTOR * kib * 1024,) * 2))
         pool.mem_rss = _or_holds_files(pool.mem_rss, kib)
     for kind, *most in limits:
         hard = resource.getrlimit(kind)[1]

@@ -45,7 +45,8 @@ CHANGE: Mapping[str, tuple[str, ...]] = {
 }
 #: Which role may give which command with which arguments, if topology.toml lets it; other arguments are dropped. Left
 #: out are those that show the configuration (``conf``, ``report``), write files or take a worker's word (``hello``).
-COMMANDS = {Role.MONITOR: _WATCH, Role.OPERATOR: {**_WATCH, **CHANGE}}
+#: ``release`` is no command, but a right of the same kind: to release what was refused.
+COMMANDS = {Role.MONITOR: _WATCH, Role.OPERATOR: {**_WATCH, **CHANGE, "release": ()}}
 #: What is left of each limit, by its stanza.
 Counted = MutableMapping[tuple[str, Limit], TokenBucket]
 #: Answers that are remembered, of each kind.

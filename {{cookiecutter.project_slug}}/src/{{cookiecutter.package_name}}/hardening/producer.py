@@ -36,9 +36,7 @@ class TaskProducer:
     """Any kombu producer, made to sign the one task message it was made for."""
 
     def __init__(self, producer: Any, body: Any, hardening: Hardening) -> None:
-        self._producer = producer
-        self._body = body
-        self._hardening = hardening
+        self._producer, self._body, self._hardening = producer, body, hardening
 
     def __getattr__(self, name: str) -> Any:
         """Be the wrapped producer in everything but :meth:`publish`."""

@@ -20,7 +20,7 @@ from . import audit, codec
 from .claims import Text
 from .control import Claims, sign, verify
 from .envelope import CONTENT_TYPE, Type
-from .errors import BadSignature, MessageRefused
+from .errors import BadSignature, ControlDenied, MessageRefused
 from .identity import Identity, Role
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def released(hardening: Hardening, body: bytes) -> tuple[bytes, Identity | None]
     release, operator = verify(hardening, Release, countersignature)
     if release.of != hashlib.sha256(envelope).hexdigest():
         raise BadSignature("of another message")
+    if not hardening.policy.decide_command(operator, "release").allowed:
+        raise ControlDenied("this operator may not release messages")
     return envelope, operator
 
 

@@ -80,6 +80,8 @@ def release(app: Any, refused: Refused) -> None:
         raise refused.problem or reason
     if refused.claims.exp + late(hardening.settings) < time.time():
         raise errors.Expired("so long ago that nobody knows whether it has run")
+    if not hardening.policy.decide_command(hardening.signer.identity, "release").allowed:
+        raise errors.ControlDenied("this operator may not release messages")
     operator = topology.accounts[hardening.signer.identity.account]
     if refused.claims.queue not in map(topology.broker_name, operator.publishes_to):
         raise errors.WrongQueue("nor may the operator send to it")

@@ -103,7 +103,8 @@ class Claim:
         if again:
             guard.store.release(self.name, guard.worker)
             for bucket in self.counted:
-                bucket.can_consume(-1)  # it did not run, and will be counted when it comes again
+                # It did not run; more than it holds, kombu's bucket would keep for good.
+                bucket.can_consume(max(-1, bucket._get_tokens() - bucket.capacity))
         else:
             guard.store.done(self.name, self.seconds)
 
@@ -156,9 +157,8 @@ class Guard:
         """Begin with a new connection to the broker, which delivers again what it had delivered on the last one."""
         self._qos = qos
         self._aside.clear()
-        for claim in self.held.copy().values():
-            if claim not in running:
-                claim.settle(again=True)
+        for claim in {*self.held.copy().values()} - running:
+            claim.settle(again=True)
 
     def tick(self, receive: Callable[[Any], None] | None) -> None:
         """Renew the lease, and hand what is kept aside to ``receive``; called each second, and never raises itself."""

@@ -130,7 +130,9 @@ class SignedResults(BaseKeyValueStoreBackend):
         """Return a stored exception; a refusal by another service, whose package is not here, is one of ours."""
         if isinstance(exc, dict) and str(exc.get("exc_module")).endswith(".hardening.errors"):
             exc = {**exc, "exc_module": MessageRefused.__module__}
-        return super().exception_to_python(exc)
+        found = super().exception_to_python(exc)
+        ends = isinstance(found, BaseException) and not isinstance(found, Exception)  # the caller
+        return RuntimeError(repr(found)) if ends else found
 
     def _get_key_for(self, prefix: Any, id: Any, key: Any = "") -> Any:
         """Return the key of a result, group or chord, with its owner's name: the same id of two callers is two keys."""
@@ -245,11 +247,11 @@ class _VerifyingConsumer(ResultConsumer):
         """Wait for messages; on a new connection look at what is stored, since what was published before is lost."""
         super().drain_events(timeout)
         connection = self._pubsub and self._pubsub.connection
-        if connection and connection._sock is not self._socket:
-            self._socket = connection._sock
+        if connection and (socket := connection._sock) is not self._socket:
             with self._locked():
                 for key in tuple(self.subscribed_to):
                     self.on_state_change(self._stored(self.backend._strip_prefix(key)), None)
+            self._socket = socket
 
     def on_state_change(self, meta: dict[str, Any], message: Any) -> None:
         """Hand over what verified, or the refusal of what is stored."""

@@ -38,7 +38,7 @@ Authority = Literal["file", "system"]
 Declared = Literal["operator", "app"]
 
 _PLACES = ("broker", "result_backend")
-#: What a managed broker or result backend may need, and what is weaker then. Nothing else can be weakened.
+#: What a managed broker or backend may need, or work that may not wait, and what is weaker then; nothing else is.
 WEAKER = {
     f"{place}_{choice}": weaker
     for place in _PLACES
@@ -47,7 +47,7 @@ WEAKER = {
         ("ca=system", "any authority that this system trusts can vouch for the server, not yours alone"),
         ("topology=app", "one account reads, empties and deletes all; only signatures and policy part its users"),
     )
-}
+} | {"replay_on_outage=accept": "while the store of replays is away, a captured message can run again"}
 
 
 class Settings(BaseSettings):
@@ -183,8 +183,9 @@ class Settings(BaseSettings):
             _check_account("RESULT_BACKEND", self.result_backend, self.result_backend_topology, account)
         return topology
 
-    def result_backend_url(self) -> str:
-        """Return the result backend's URL with its password, for Celery alone; never log it."""
+    @cached_property
+    def result_backend_address(self) -> str:
+        """The result backend's URL with its password as it was first: for Celery alone; never log it."""
         return _with_password(self.result_backend, "RESULT_BACKEND_PASSWORD_FILE", self.result_backend_password_file)
 
     def open_replay_store(self, prefix: str) -> ReplayStore:
