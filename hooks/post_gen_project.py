@@ -48,6 +48,8 @@ PARTS = {
         },
         "oidc": {
             "deploy/kubernetes/components/flower": "deploy/kubernetes/components/flower",
+            "deploy/kubernetes/components/flower/proxy.yaml": "deploy/kubernetes/components/flower/proxy.yaml",
+            "deploy/kubernetes/components/flower/oauth2-proxy.yaml": "deploy/oauth2-proxy/kustomization.yaml",
             "deploy/oauth2-proxy": "deploy/oauth2-proxy",
             "requirements/flower.in": "requirements/flower.in",
             "requirements/flower.txt": "requirements/flower.txt",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,12 @@ def long(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def redis(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bake a project whose broker is Redis, to be read only."""
     return bake(tmp_path_factory.mktemp("redis"), template, {"broker": "redis"})
+
+
+@pytest.fixture(scope="session")
+def oidc(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bake a project whose Flower is behind an identity provider, to be read only."""
+    return bake(tmp_path_factory.mktemp("oidc"), template, {"flower": "oidc"})
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +82,11 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return known[key]
 
     return get
+
+
+@pytest.fixture
+def library(default: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Import the default project's own modules."""
+    monkeypatch.syspath_prepend(str(default / "src"))
+    monkeypatch.syspath_prepend(str(default))
+    return importlib.import_module

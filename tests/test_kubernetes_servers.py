@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from redis import AuthenticationError
 
 from .baking import TEMPLATE
 from .kubernetes import (
@@ -23,9 +24,11 @@ from .kubernetes import (
     Build,
     Manifests,
     Object,
+    config_map,
     reachability,
     run,
 )
+from .kubernetes.redis_pod import RedisPod
 
 # Network
 
@@ -61,10 +64,38 @@ def test_every_policy_is_needed(
         assert reachability.edges(kubernetes_tools / "nca", rest) != before, policy["metadata"]["name"]
 
 
+@pytest.mark.slow
+def test_with_cilium_workers_ask_for_names_through_it_alone(
+    default: Path, kubernetes_tools: Path, tmp_path: Path
+) -> None:
+    """A rule for port 53 without names would allow every name: the policy that Cilium filters would have no effect."""
+    before, after = (
+        reachability.edges(
+            kubernetes_tools / "nca", Manifests(default, tmp_path / str(len(more)), "prod", *more).objects
+        )
+        for more in ((), ("cilium",))
+    )
+    assert before.pop(("worker", "dns")) == "TCP+UDP 53"
+    assert after == before
+
+
 @pytest.fixture
 def listener() -> Iterator[int]:
     """Listen on loopback; give the port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@contextmanager
+def dropping() -> Iterator[int]:
+    """Give a port of loopback that answers nobody, as one behind a firewall: its queue is full."""
+    with socket.socket() as server, ExitStack() as waiting:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(4):
+            caller = waiting.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(server.getsockname())
         yield server.getsockname()[1]
 
 
@@ -75,36 +106,22 @@ def test_the_probe_fails_when_what_is_forbidden_works(build: Build, listener: in
         assert job["backoffLimit"] == 0
         (container,) = job["template"]["spec"]["containers"]
         assert container["args"] == ["kubernetes.default.svc:443", broker, "results:6379"]
-        program = [sys.executable, *container["command"][1:]]
+        program = [sys.executable, *(part.replace("sleep(5)", "sleep(0.1)") for part in container["command"][1:])]
         with socket.create_server(("127.0.0.1", 0)) as other:
-            closed = other.getsockname()[1]
-        assert run(*program, f"127.0.0.1:{closed}").returncode == 0
-        opened = run(*program, f"127.0.0.1:{closed}", f"127.0.0.1:{listener}")
+            refused = other.getsockname()[1]
+        with dropping() as dropped:
+            assert run(*program, f"127.0.0.1:{dropped}").returncode == 0
+            opened = run(*program, f"127.0.0.1:{dropped}", f"127.0.0.1:{listener}")
         assert (opened.returncode, opened.stderr.count("FORBIDDEN")) == (1, 1), opened
+        # Who refuses has been reached: a server that is down says nothing about the network's rules.
+        answered = run(*program, f"127.0.0.1:{refused}")
+        assert (answered.returncode, answered.stderr.count("FORBIDDEN")) == (1, 1), answered
         assert "cannot tell" in run(*program, "nowhere.invalid:443").stderr
     managed = build("default", "prod", "managed").one("CronJob", "firewall-probe")
     assert len(managed["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]) == 1
 
 
 # Accounts
-
-
-@pytest.fixture
-def library(default: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Import the default project's own modules."""
-    monkeypatch.syspath_prepend(str(default / "src"))
-    monkeypatch.syspath_prepend(str(default))
-    return importlib.import_module
-
-
-def config_map(manifests: Manifests, name: str) -> dict[str, str]:
-    """The data of the map of that name, whatever hash it ends with."""
-    (found,) = (
-        each
-        for each in manifests.of("ConfigMap")
-        if re.fullmatch(rf"{name}(-[a-z0-9]{{10}})?", each["metadata"]["name"])
-    )
-    return dict(found["data"])
 
 
 def test_cluster_and_local_stack_have_the_same_accounts_and_rights(
@@ -273,78 +290,55 @@ def test_each_pod_accepts_its_settings(
             assert {"SECURE_CELERY_REPLAY_STORE", "SECURE_CELERY_REPLAY_STORE_PASSWORD_FILE"} <= variables.keys()
 
 
+@pytest.fixture
+def server(
+    request: pytest.FixtureRequest, build: Build, library: Callable[[str], Any], tmp_path: Path
+) -> Iterator[RedisPod]:
+    """The pod of that name, as the cluster would start it."""
+    with RedisPod(build("redis", "prod"), request.param, tmp_path, library) as pod:
+        yield pod
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["results", "broker"])
-def test_redis_as_the_cluster_starts_it_knows_each_account_by_its_password(
-    build: Build, library: Callable[[str], Any], redis: Path, tmp_path: Path, server: str
-) -> None:
+@pytest.mark.parametrize("server", ["results", "broker"], indirect=True)
+def test_redis_as_the_cluster_starts_it_knows_each_account_by_its_password(server: RedisPod) -> None:
     """The very commands of the manifest, with other paths, a real server and real logins."""
-    library("stack.install").require_servers("redis-server")
-    client = importlib.import_module("redis")
-    manifests = build("redis", "prod")
-    pod = manifests.one("StatefulSet", server)["spec"]["template"]["spec"]
-    folders = {
-        path: tmp_path / path.strip("/").replace("/", "-")
-        for path in ("/rendered", "/passwords", "/etc/redis", "/data")
-    }
-    for folder in folders.values():
-        folder.mkdir()
+    server.start()
+    assert server.login("my-service.worker", "the worker's own").ping()
+    assert server.login("my-service.client", "the client's own").ping()
+    for user, password in (
+        ("my-service.worker", "the client's own"),
+        ("my-service.beat", ""),
+        ("my-service.beat", "resetpass"),
+        ("default", "the worker's own"),
+    ):
+        with pytest.raises(AuthenticationError):
+            server.login(user, password).ping()
 
-    def moved(text: str) -> str:
-        for path, folder in folders.items():
-            text = re.sub(rf"(?<![\w/]){path}(?![\w.])", str(folder), text)
-        return text
 
-    for name, text in config_map(manifests, server).items():
-        (folders["/rendered"] / name).write_text(moved(text), encoding="utf-8")
-    for role in ("worker", "client", "monitor"):
-        (folders["/passwords"] / role).write_text(f"the {role}'s own\n", encoding="utf-8")
-    (accounts,) = pod["initContainers"]
-    subprocess.run([moved(part) for part in accounts["command"]], check=True)
-    pki = library("stack.pki").Pki(tmp_path / "pki", library("stack.account").Account.unprivileged())
-    pair = pki.tls.server("server", ("127.0.0.1",))
-    for source, name in ((pki.tls.certificate, "ca"), (pair.certificate, "server"), (pair.key, "server-key")):
-        shutil.copy(source, folders["/etc/redis"] / "tls" / f"{name}.pem")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    addresses = {"*": "127.0.0.1", "-::*": "-::1"}
-    command = [addresses.get(part, moved(part)) for part in pod["containers"][0]["command"]]
-    own = pki.tls.client("my-service.worker")
-
-    def login(user: str, password: str) -> bool:
-        connection = client.Redis(
-            *("127.0.0.1", port),
-            username=user,
-            password=password,
-            ssl=True,
-            ssl_ca_certs=str(pki.tls.certificate),
-            ssl_certfile=str(own.certificate),
-            ssl_keyfile=str(own.key),
-        )
-        return bool(connection.ping())
-
-    process = subprocess.Popen([*command, "--tls-port", str(port)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout
-        said = ""
-        for line in process.stdout:
-            said += line
-            if "Ready to accept connections" in line:
-                break
-        assert "Ready to accept connections" in said, said
-        assert login("my-service.worker", "the worker's own")
-        assert login("my-service.client", "the client's own")
-        for user, password in (
-            ("my-service.worker", "the client's own"),
-            ("my-service.beat", ""),
-            ("my-service.beat", "resetpass"),
-            ("default", "the worker's own"),
-        ):
-            with pytest.raises(client.AuthenticationError):
-                login(user, password)
-    finally:
-        process.terminate()
-        process.wait(30)
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["results", "broker"], indirect=True)
+def test_redis_is_started_again_for_its_new_certificate_and_forgets_nothing(server: RedisPod) -> None:
+    """It reads a certificate at its start alone, and cert-manager replaces the mounted one every few days."""
+    server.start()
+    first = server.served()
+    worker = server.login("my-service.worker", "the worker's own")
+    if server.name == "results":
+        worker.set("my-service:celery-task-meta-1", "kept", ex=600)
+    else:
+        worker.lpush("my-service.default", "kept")
+    assert server.alive()
+    server.renew()
+    assert server.served() == first, "it has read the new one by itself, so that nobody has to start it again"
+    assert not server.alive()
+    server.stop()
+    server.start()
+    assert server.alive()
+    assert server.served() != first
+    kept = (
+        worker.get("my-service:celery-task-meta-1") if server.name == "results" else worker.rpop("my-service.default")
+    )
+    assert kept == b"kept"
 
 
 # The documentation
@@ -378,6 +372,15 @@ def test_each_command_of_the_page_is_about_what_there_is(build: Build, default: 
     for component in COMPONENTS:
         assert f"`{component}`" in text, component
     assert len(re.findall(r"^## \d+\. ", text, re.MULTILINE)) == 10
+
+
+def test_what_the_page_applies_by_path_lands_in_its_namespace(default: Path) -> None:
+    paths = re.findall(r"kubectl apply .*-f (\S+)", PAGE.read_text(encoding="utf-8"))
+    assert paths
+    for path in paths:
+        for each in yaml.safe_load_all((default / path).read_text(encoding="utf-8")):
+            found = each["metadata"].get("namespace")
+            assert found == (None if each["kind"] == "Namespace" else "my-service"), each["kind"]
 
 
 def test_the_picture_shows_what_the_policies_allow() -> None:

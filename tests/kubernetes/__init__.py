@@ -85,6 +85,16 @@ class Manifests:
                 yield f"{name}/{container['name']}", container
 
 
+def config_map(manifests: Manifests, name: str) -> dict[str, str]:
+    """The data of the map of that name, whatever hash it ends with."""
+    (found,) = (
+        each
+        for each in manifests.of("ConfigMap")
+        if re.fullmatch(rf"{name}(-[a-z0-9]{{10}})?", each["metadata"]["name"])
+    )
+    return dict(found["data"])
+
+
 #: Fixtures of baked trees, by their broker.
 BROKERS = {"rabbitmq": "default", "redis": "redis"}
 ALL = tuple(component for component in COMPONENTS if component != "managed")

@@ -25,6 +25,7 @@ _NOTE = {
     "RabbitMQ": "prod, with flower and keda",
     "Redis": "prod, with flower",
     "managed": "prod, with flower, and a provider's servers in 192.0.2.0/24",
+    "oidc": "prod, with flower behind its own proxy, and an identity provider in 192.0.2.0/24",
 }
 
 Edges = dict[tuple[str, str], str]
@@ -120,7 +121,7 @@ caller), and `outside`, which is every address that is no pod's.
 
 def built(name: str, project: Path, folder: Path) -> Manifests:
     """The manifests that a table is about."""
-    return Manifests(project, folder, "prod", "flower", "managed" if name == "managed" else "keda")
+    return Manifests(project, folder, "prod", "flower", *{"managed": ["managed"], "oidc": []}.get(name, ["keda"]))
 
 
 def main() -> None:
@@ -130,6 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in _NOTE:
             answers = {"broker": "redis" if name == "Redis" else "rabbitmq"}
+            answers |= {"flower": "oidc"} if name == "oidc" else {}
             project = bake(Path(folder, name), answers=answers)
             tables[name] = table(edges(analyzer, built(name, project, Path(folder, f"{name}-built")).objects))
     GOLDEN.write_text(document(tables), encoding="utf-8")
