@@ -204,6 +204,7 @@ def test_tasks_run_with_the_systems_store(running: Running, monkeypatch: pytest.
     environment |= {
         "SECURE_CELERY_BROKER_CA": "system",
         "SECURE_CELERY_RESULT_BACKEND_CA": "system",
+        "SECURE_CELERY_REPLAY_ON_OUTAGE": "accept",
         "SSL_CERT_FILE": str(running.stack.pki.tls.certificate),
         "EFFECTS": str(running.effects),
     }
