@@ -1,6 +1,6 @@
 """The same two tasks under each profile: ``PROFILE`` is ``json``, ``auth``, ``signed`` or ``guarded``.
 
-All have the same TLS, client certificate, exchange, quorum queue, confirmed publishing, prefetch and late
+All have the same TLS, client certificate, exchange, quorum queue, confirmed publishing, prefetch, limits and late
 acknowledgement. What differs is what is compared: unsigned JSON, Celery's own signing, and the hardening layer without
 and with its replay guard.
 """
@@ -93,6 +93,11 @@ app.conf.update(
     task_acks_late=True,
     task_ignore_result=True,
     worker_prefetch_multiplier=10,
+    # Ours has these by default, and they would be measured: a new process after each thousand tasks, and timers.
+    worker_max_tasks_per_child=1_000_000,
+    worker_max_memory_per_child=512 * 1024,
+    task_time_limit=300,
+    task_soft_time_limit=270,
     task_default_queue=f"bench.{PROFILE}",
     task_default_routing_key=f"bench.{PROFILE}",
 )
