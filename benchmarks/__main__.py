@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
@@ -25,6 +27,7 @@ from cryptography.x509.oid import NameOID
 
 from stack import Stack
 
+from . import parts
 from .chart import chart, markdown
 
 ROOT = Path.cwd()
@@ -64,18 +67,20 @@ class Bench:
         self.stack = stack
         self.folder = stack.account.give(_folder(stack.folder / "bench"))
         self.package = package
+        self.marks = [self.folder / name for name in ("begin", "end")]
+        self.watched: dict[str, str] = {}
         _auth(self.folder / "auth", stack.account)
 
     def environment(self, role: str, profile: str) -> dict[str, str]:
         own = {"PROFILE": profile, "BENCH_PACKAGE": self.package, "BENCH_AUTH": str(self.folder / "auth")}
-        return {**self.stack.environment(role), **own}
+        return {**self.stack.environment(role), **own, **self.watched}
 
-    def call(self, profile: str, *what: object, role: str = "client", module: str = "caller") -> dict[str, float]:
-        """Run a caller, or another module, in a process of its own."""
+    def call(self, profile: str, *what: object) -> dict[str, float]:
+        """Run a caller in a process of its own."""
         paths = os.pathsep.join((str(ROOT), str(ROOT / "src")))
         done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{module}", *map(str, what)],
-            env={"PATH": os.defpath, "PYTHONPATH": paths, **self.environment(role, profile)},
+            [sys.executable, "-m", "benchmarks.caller", *map(str, what)],
+            env={"PATH": os.defpath, "PYTHONPATH": paths, **self.environment("client", profile)},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -91,25 +96,37 @@ class Bench:
             ("--concurrency", "1", "--queues", f"bench.{profile}", *QUIET),
         )
 
+    @contextmanager
+    def consuming(self, profile: str, count: int) -> Iterator[dict[str, float]]:
+        """Fill a queue and let a worker empty it, which ends with the block; yields what the caller found."""
+        self.stack.rabbitmqctl("purge_queue", "-p", "bench", f"bench.{profile}")
+        for mark in self.marks:
+            mark.unlink(missing_ok=True)
+        found = self.call(profile, "fill", count, *self.marks)
+        worker = self.worker(profile)
+        try:
+            worker.process.wait(lambda: self.marks[1].exists() and bool(self.marks[1].read_text()), 300)
+            yield found
+        finally:
+            worker.stop()
+
     def round(self, profile: str, count: int) -> dict[str, float]:
         """Measure one profile once."""
         found = {f"publish.{name}": value for name, value in self.call(profile, "publish", count).items()}
-        self.stack.rabbitmqctl("purge_queue", "-p", "bench", f"bench.{profile}")
-        marks = [self.folder / name for name in ("begin", "end")]
-        for mark in marks:
-            mark.unlink(missing_ok=True)
-        self.call(profile, "fill", count, *marks)
-        worker = self.worker(profile)
-        try:
-            worker.process.wait(lambda: marks[1].exists() and bool(marks[1].read_text()), 300)
-            (since, used, _), (until, used_then, pss) = (map(float, mark.read_text().split()) for mark in marks)
+        with self.consuming(profile, count):
+            (since, used, _), (until, used_then, pss) = (map(float, mark.read_text().split()) for mark in self.marks)
             found["consume.per_second"] = count / (until - since)
             found["consume.cpu"] = (used_then - used) / count * 1e6
             found["pss"] = pss / 1024
             round_trips = self.call(profile, "round-trips", max(100, count // 10))
-            return found | {f"round-trips.{name}": value for name, value in round_trips.items()}
-        finally:
-            worker.stop()
+        return found | {f"round-trips.{name}": value for name, value in round_trips.items()}
+
+    def parts(self, count: int) -> dict[str, float]:
+        """Time the layer's parts, in a publisher and a worker that nothing else is measured of."""
+        self.watched = {"BENCH_PARTS": str(self.folder)}
+        with self.consuming("guarded", count) as published:
+            pass
+        return parts.collect(self.folder, published)
 
 
 def _folder(path: Path) -> Path:
@@ -164,7 +181,7 @@ def main() -> int:
                 print(f"round {number + 1} of {options.rounds}: {profile}", file=sys.stderr, flush=True)
                 for measure, value in bench.round(profile, options.messages).items():
                     rounds[profile][measure].append(value)
-        parts = bench.call("guarded", role="worker", module="parts")
+        costs = bench.parts(options.messages)
     finally:
         stack.down()
     medians = {profile: {name: median(values) for name, values in found.items()} for profile, found in rounds.items()}
@@ -173,11 +190,11 @@ def main() -> int:
         for profile, measure, other, goal in GOALS
         for got in (ratio(medians, profile, measure, other),)
     ]
-    report = {"messages": options.messages, "rounds": rounds, "medians": medians, "goals": goals, "parts": parts}
+    report = {"messages": options.messages, "rounds": rounds, "medians": medians, "goals": goals, "parts": costs}
     options.reports.mkdir(exist_ok=True)
     (options.reports / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (options.reports / "benchmark.svg").write_text(chart(medians), encoding="utf-8")
-    print(markdown(medians, goals, MEASURES, parts))
+    print(markdown(medians, goals, MEASURES, costs))
     return 0
 
 

@@ -18,10 +18,14 @@ from celery import Celery
 from celery.worker.consumer.consumer import Consumer
 from kombu import Exchange
 
+from . import parts
+
 package = os.environ["BENCH_PACKAGE"]
 hardening = import_module(f"{package}.hardening")
 intake = import_module(f"{package}.hardening.intake")
 PROFILE = os.environ["PROFILE"]
+if "BENCH_PARTS" in os.environ:
+    parts.watch(package, Path(os.environ["BENCH_PARTS"]))
 for name in ("celery.app.trace", "celery.worker.strategy"):  # two lines for each task
     logging.getLogger(name).setLevel(logging.WARNING)
 

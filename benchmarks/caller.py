@@ -9,6 +9,7 @@ from collections.abc import Callable
 from statistics import quantiles
 from uuid import uuid4
 
+from . import parts
 from .apps import PROFILE, app
 
 TEXT = "x" * 100
@@ -45,7 +46,7 @@ def main(what: str, count: int, *marks: str) -> object:
         for number in range(count):
             publish(number)
         app.tasks["benchmarks.mark"].delay(end)
-        return {}
+        return parts.means()
     took = []
     for number in range(count + WARM):
         since = time.perf_counter()

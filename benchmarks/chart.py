@@ -33,6 +33,12 @@ def markdown(
         lines.append(f"| {title} | {goal['goal']:.2f} | {goal['reached']:.2f} | {met} |")
     lines += ["", "| part of ours | CPU µs for each message |", "|---|---:|"]
     lines += [f"| {part} | {cost:.0f} |" for part, cost in parts.items()]
+    consumed = [cost for part, cost in parts.items() if not part.startswith("publisher") and ": of " not in part]
+    more = medians["guarded"]["consume.cpu"] - medians["json"]["consume.cpu"]
+    lines += [
+        f"| all parts of worker and pool child | {sum(consumed):.0f} |",
+        f"| what ours takes more than unsigned JSON | {more:.0f} |",
+    ]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from .errors import InvalidIdentity
 
@@ -44,6 +45,7 @@ class Identity:
     name: str | None = None
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def parse(cls, uri: str) -> Identity:
         """Parse a SPIFFE ID.
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any
 
 from celery import current_task
@@ -75,7 +74,6 @@ def current_request() -> Any:
     return getattr(current_task, "request", None)
 
 
-@lru_cache(maxsize=1024)
 def namespace(owner: str, audience: str) -> str:
     """Return how an application's keys name an owner; see :meth:`Identity.namespace`."""
     return Identity.parse(owner).namespace(audience)
