@@ -151,8 +151,8 @@ def task_fields(headers: Mapping[str, Any], properties: Mapping[str, Any]) -> di
     fields = {name: headers[name] for name in _HEADERS if headers.get(name) is not None}
     fields["name"] = headers["task"]
     fields |= {name: properties[name] for name in PROPERTIES if properties.get(name) not in {None, ""}}
-    others = _CELERYS_HEADERS.union(headers.get("stamped_headers") or ())
-    fields["headers"] = {name: value for name, value in headers.items() if name not in others}
+    own = headers.keys() - _CELERYS_HEADERS - set(headers.get("stamped_headers") or ())
+    fields["headers"] = {name: headers[name] for name in own}
     return fields
 
 
