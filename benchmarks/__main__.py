@@ -14,16 +14,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from attacks.against_stock import self_signed
 
 from stack import Stack
 
@@ -136,23 +131,10 @@ def _folder(path: Path) -> Path:
 
 def _auth(folder: Path, account: Any) -> None:
     """Make what Celery's guide asks for: an RSA key, its certificate, a store that holds it."""
-    key = rsa.generate_private_key(65537, 2048)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bench")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-        .public_bytes(Encoding.PEM)
-    )
+    key, certificate = self_signed("bench")
     for path in (folder, folder / "store"):
         account.give(_folder(path))
-    account.write(folder / "key.pem", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    account.write(folder / "key.pem", key)
     for path in (folder / "certificate.pem", folder / "store" / "bench.pem"):
         account.write(path, certificate)
 
@@ -166,7 +148,7 @@ def ratio(medians: dict[str, dict[str, float]], profile: str, measure: str, othe
 def main() -> int:
     """Measure, print a table, write the report and the chart."""
     parser = argparse.ArgumentParser(prog="benchmarks", description="What each layer costs.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--messages", type=int, default=1500)
     parser.add_argument("--reports", type=Path, default=ROOT / "reports")
     options = parser.parse_args()

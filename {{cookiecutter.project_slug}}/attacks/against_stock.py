@@ -41,6 +41,25 @@ def definitions(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+def self_signed(name: str) -> tuple[bytes, bytes]:
+    """Return an RSA key and a certificate for it, the only kind that stock takes, in PEM."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return pem, certificate.public_bytes(Encoding.PEM)
+
+
 class Stock(Target):
     """The application of `targets/stock.py`."""
 
@@ -89,24 +108,11 @@ class Stock(Target):
         return self.attacker
 
     def _issue(self, role: str) -> None:
-        """A self-signed RSA certificate, the only kind that stock takes; the stranger's is not in the store."""
-        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"stock {role}")])
-        now = datetime.now(UTC)
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(minutes=5))
-            .not_valid_after(now + timedelta(days=1))
-            .sign(key, hashes.SHA256())
-        )
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        self.stack.account.write(self.folder / f"{role}.key", pem)
+        """Make a signer; the stranger's certificate is not in the store."""
+        key, certificate = self_signed(f"stock {role}")
+        self.stack.account.write(self.folder / f"{role}.key", key)
         store = self.folder if role == "stranger" else self.store
-        self.stack.account.write(store / f"{role}.pem", certificate.public_bytes(Encoding.PEM))
+        self.stack.account.write(store / f"{role}.pem", certificate)
 
     def _auth(self, signer: str, body: bytes, content_type: str = "application/json", names: str = "") -> bytes:
         """Stock's signed form of any bytes; `names` puts another's certificate in."""
