@@ -18,7 +18,7 @@ from kombu import Producer
 
 from stack.worker import Worker
 
-from ...project import envelope
+from ...project import Settings, envelope, tls
 from ...project import replay as guard
 from . import brokers
 from .everything import within
@@ -275,3 +275,24 @@ def test_what_the_store_knows_of_a_message_goes_when_the_message_has_expired(run
     known_for = settings.message_max_age + guard.late(settings)
     assert known_for < new[1] <= known_for + 2 * settings.clock_skew + 60
     assert all(left > 0 for _, left in replay_keys(running).values())
+
+
+def test_a_claim_is_one_round_trip_whatever_the_store_knows(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = running.stack.environment("worker")
+    settings = Settings(**{name.removeprefix("SECURE_CELERY_").lower(): value for name, value in environment.items()})
+    store = settings.open_replay_store(settings.read_topology().replays)
+    sent: list[Any] = []
+    send_packed = tls.VerifiedSSLConnection.send_packed_command
+
+    def counted(self: Any, command: Any, *rest: Any, **options: Any) -> Any:
+        sent.append(command)
+        return send_packed(self, command, *rest, **options)
+
+    assert store.renew("one", 60) is False
+    monkeypatch.setattr(tls.VerifiedSSLConnection, "send_packed_command", counted)
+    answers = [store.claim("m", "one", 60), store.claim("m", "one", 60), store.claim("m", "two", 60)]
+    assert len(sent) == 3
+    store.done("m", 60)
+    answers.append(store.claim("m", "two", 60))
+    assert len(sent) == 5
+    assert answers == [guard.OURS, guard.OURS, guard.HELD, guard.DONE]

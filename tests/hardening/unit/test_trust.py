@@ -95,6 +95,22 @@ def test_a_leaf_cannot_issue_another_signer() -> None:
     _untrusted(Pair(forged.key, (forged.leaf,)), trust.Trust([CA.leaf, pinned.leaf]))
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param(rsa.RSAPublicNumbers(65537, 2**8191 + 1), id="RSA-8192"),
+        pytest.param(rsa.RSAPublicNumbers(2**64 + 1, 2**2047 + 1), id="long exponent"),
+    ],
+)
+def test_no_key_of_a_chain_may_take_long_to_verify_with(numbers: rsa.RSAPublicNumbers) -> None:
+    """A chain comes with a message, so anyone who can publish one chooses its keys."""
+    pair = signing(CLIENT, CA)
+    slow = certificate("slow", key_of("PS256"), public_key=numbers.public_key(), ca=True)
+    assert TRUST.certificate((pair.leaf, certificate("usual", key_of("PS256"), ca=True).leaf))
+    _untrusted(Pair(pair.key, (pair.leaf, slow.leaf)))
+    _untrusted(signing(CLIENT, CA, public_key=numbers.public_key()))
+
+
 def test_the_other_authoritys_certificates_may_not(tmp_path: Path) -> None:
     """The TLS client certificate of a genuine account, which the CA for signing has never seen."""
     pki = Pki(tmp_path / "pki", Account("tests", 0, 0, switch=False))

@@ -23,6 +23,7 @@ Sign = Callable[[bytes], bytes]
 Verify = Callable[[bytes, bytes], bool]
 
 _RSA_BITS_MIN, _RSA_BITS_MAX = 2048, 4096
+_EXPONENT = 65537
 _P256_BYTES = 32
 _PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=hashes.SHA256.digest_size)
 _ECDSA = ec.ECDSA(hashes.SHA256())
@@ -34,9 +35,14 @@ def algorithm_of(key: PublicKeyTypes) -> str | None:
         return "EdDSA"
     if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
         return "ES256"
-    if isinstance(key, rsa.RSAPublicKey) and _RSA_BITS_MIN <= key.key_size <= _RSA_BITS_MAX:
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size >= _RSA_BITS_MIN and not costly(key):
         return "PS256"
     return None
+
+
+def costly(key: PublicKeyTypes) -> bool:
+    """Say whether checking a signature takes far longer than usual, as an RSA key's maker can see to."""
+    return isinstance(key, rsa.RSAPublicKey) and (key.key_size > _RSA_BITS_MAX or key.public_numbers().e > _EXPONENT)
 
 
 def signer(key: PrivateKeyTypes) -> Sign:

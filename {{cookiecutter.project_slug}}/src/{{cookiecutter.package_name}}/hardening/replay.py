@@ -245,8 +245,6 @@ class RedisStore:
     def claim(self, name: str, worker: str, seconds: int) -> str:
         """See ``ReplayStore``."""
         key = self._prefix + name
-        if self._ask("SET", key, worker, "NX", "GET", "EX", seconds) is None:
-            return OURS
         answer: bytes = self._ask("EVAL", _CLAIM, 1, key, worker, seconds, self._prefix + WORKER)
         return answer.decode("ascii")
 

@@ -28,7 +28,7 @@ from cryptography.x509.verification import Criticality, ExtensionPolicy, Policy,
 from .errors import ConfigurationRefused, InvalidIdentity, NotValidAtIssue, RevokedSigner, UntrustedSigner
 from .files import read_public_file
 from .identity import TRUST_DOMAIN, Identity
-from .keys import Verify, algorithm_of, verifier
+from .keys import Verify, algorithm_of, costly, verifier
 
 _SETTING = "security_cert_store"
 #: Stores of public CAs: as a signing store they would let anyone with a public certificate sign.
@@ -154,6 +154,8 @@ class Trust:
         """
         leaf = chain[0]
         try:
+            if any(costly(certificate.public_key()) for certificate in chain):
+                raise UntrustedSigner
             # Validity is judged per message, at its time of issue; here the path is judged at a time it must hold.
             time = max(certificate.not_valid_before_utc for certificate in chain)
             verification = self._verification.time(time.astimezone(UTC).replace(tzinfo=None)).build_client_verifier()
