@@ -22,8 +22,7 @@ Sign = Callable[[bytes], bytes]
 #: ``verify(signature, data)`` says whether the signature fits.
 Verify = Callable[[bytes, bytes], bool]
 
-_RSA_BITS_MIN, _RSA_BITS_MAX = 2048, 4096
-_EXPONENT = 65537
+_RSA_BITS_MIN, _RSA_BITS_MAX, _EXPONENT = 2048, 4096, 65537
 _P256_BYTES = 32
 _PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=hashes.SHA256.digest_size)
 _ECDSA = ec.ECDSA(hashes.SHA256())

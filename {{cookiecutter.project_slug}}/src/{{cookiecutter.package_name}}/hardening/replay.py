@@ -244,9 +244,7 @@ class RedisStore:
 
     def claim(self, name: str, worker: str, seconds: int) -> str:
         """See ``ReplayStore``."""
-        key = self._prefix + name
-        answer: bytes = self._ask("EVAL", _CLAIM, 1, key, worker, seconds, self._prefix + WORKER)
-        return answer.decode("ascii")
+        return str(self._ask("EVAL", _CLAIM, 1, self._prefix + name, worker, seconds, self._prefix + WORKER), "ascii")
 
     def done(self, name: str, seconds: int) -> None:
         """See ``ReplayStore``."""
