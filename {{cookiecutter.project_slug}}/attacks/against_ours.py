@@ -42,6 +42,7 @@ class Ours(Target):
     module = "attacks.targets.ours"
     queue = "victim.default"
     other_queue = "victim.reports"
+    broadcasts = "/."
 
     def __init__(self, stack: Stack, observer: Pair) -> None:
         topology = stack.topology

@@ -67,6 +67,7 @@ class Stock(Target):
     module = "attacks.targets.stock"
     queue = "celery"
     other_queue = "reports"
+    broadcasts = "/{db}."
 
     def __init__(self, stack: Stack, observer: Pair) -> None:
         redis = stack.topology.broker == REDIS

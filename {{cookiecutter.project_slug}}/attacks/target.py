@@ -47,13 +47,15 @@ def within(seconds: float, condition: Callable[[], Any]) -> Any:
 class Target(ABC):
     """What an attack can do to an application and see of it.
 
-    `space` is what the application has of the broker: a virtual host, or a Redis database.
+    `space` is what the application has of the broker: a virtual host, or a Redis database. `broadcasts` is what the names
+    of Redis' channels begin with.
     """
 
     name: str
     module: str
     queue: str
     other_queue: str
+    broadcasts: str
     attacker: Wire
     results: Any
     refusals = (AMQPError, KombuError, redis.RedisError, OSError)
@@ -252,7 +254,8 @@ class Target(ABC):
         ca = Path(environment["SECURE_CELERY_TLS_CA"])
         if self.stack.topology.broker != REDIS:
             return Amqp(host, self.space, ca, client)
-        return Redis(host, self.space, ca, client, account, self.password("redis-broker", account), self.held)
+        password = self.password("redis-broker", account)
+        return Redis(host, self.space, ca, client, account, password, self.held, self.broadcasts)
 
     def backend(self, account: str, client: Pair) -> Any:
         """A backend connection with an account's password and client certificate."""
