@@ -76,7 +76,7 @@ class Stock(Target):
         self.store = self.folder / "store"
         for folder in (self.folder, self.store):
             stack.account.folder(folder)
-        for role in ("client", "worker", "shop", "monitor", "stranger"):
+        for role in ("client", "worker", "reporter", "shop", "monitor", "operator", "stranger"):
             self._issue(role)
         self.client = stack.pki.tls.client(ACCOUNT)
         self.attacker = self.wire(ACCOUNT, self.client)
@@ -196,6 +196,11 @@ class Stock(Target):
         """Whoever may sign a task may sign a result."""
         meta = {"status": "SUCCESS", "result": result, "traceback": None, "children": [], "task_id": task_id}
         return self._auth(signer, json.dumps(meta).encode())
+
+    def command(self, signer: str, method: str, **arguments: Any) -> Message:
+        """See `Target`."""
+        told = {"method": method, "arguments": arguments, "destination": None}
+        return Message(self._auth(signer, json.dumps(told).encode()), dict(_AUTH), "", "")
 
     def quarantined(self) -> list[str]:
         """There is none."""

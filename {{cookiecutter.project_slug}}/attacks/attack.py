@@ -29,6 +29,8 @@ BACKEND_AND_SIGNER = "backend + a client's key"
 ANYWHERE = "all rights at the broker"
 ANYWHERE_AND_SIGNER = "broker + a client's key"
 WORKER = "a worker's broker account"
+WORKER_KEY = "a worker's signing key"
+ANYWHERE_AND_WORKER_KEY = "broker + a worker's key"
 
 RABBITMQ, REDIS = "rabbitmq", "redis"
 BROKERS = {RABBITMQ: "RabbitMQ", REDIS: "Redis"}

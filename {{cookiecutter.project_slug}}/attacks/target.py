@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import redis
 from amqp.exceptions import AMQPError
+from kombu import Producer
 from kombu.exceptions import KombuError
 
 from stack import Stack
@@ -129,6 +130,10 @@ class Target(ABC):
         """A successful result as a worker would store it, signed with any key."""
 
     @abstractmethod
+    def command(self, signer: str, method: str, **arguments: Any) -> Message:
+        """A command of remote control, signed with any key."""
+
+    @abstractmethod
     def quarantined(self) -> list[str]:
         """The reasons of the messages that were refused and kept since the last `clear()`."""
 
@@ -159,6 +164,13 @@ class Target(ABC):
         self.injected += published
         self.forbidden += not published
         return published
+
+    def give(self, signer: str, method: str, **arguments: Any) -> None:
+        """Send the workers a command, with all rights at the broker."""
+        message, exchange = self.command(signer, method, **arguments), self.app.control.mailbox.exchange
+        with self.observer.connection() as connection, Producer(connection.channel()) as producer:
+            producer.publish(message.body, exchange=exchange, declare=[exchange], **message.properties)
+        self.settle()
 
     # -- the effect ---------------------------------------------------------------------------------------------------
 
@@ -332,6 +344,13 @@ class Target(ABC):
         self.results.set(self.result_key(pending.task_id), self.forged_result("worker", pending.task_id, 999))
         if self.answer(pending.task_id) != 999:
             raise BrokenAttack(f"a result made by hand and signed by a worker is not accepted on {self.name}")
+        self.give("operator", "revoke", task_id=[pending.task_id])
+        self.clear()  # of what was made for the result
+        self.inject(pending)
+        self.settle()
+        if self.ran("pay"):
+            raise BrokenAttack(f"a command made by hand and signed by an operator is not obeyed on {self.name}")
+        self.clear()
 
     def close(self) -> None:
         """Stop the worker."""
