@@ -62,7 +62,9 @@ class Ours(Target):
                 "neighbour", f"{_AUDIENCE.replace('development/victim', 'development/other')}/client"
             ),
         }
-        self.attacker = self.wire(topology.account("client"), self.client("client"))
+        self.account, self.pair = topology.account("client"), self.client("client")
+        self.attacker = self.wire(self.account, self.pair)
+        self.store, self.intruder = stack.pki.store, (stranger.certificate, stranger.revocations)
         self.results = self.backend(topology.account("worker"), self.client("worker"))
         self._refused: list[str] = []
 
@@ -276,6 +278,10 @@ class Ours(Target):
         claims |= {"jti": str(uuid.uuid4()), "method": method, "arguments": arguments}
         claims |= dict.fromkeys(("destination", "pattern", "matcher", "ticket"))
         return Message(self._sign(signer, json.dumps(claims).encode(), _CONTROL), dict(_JOSE), "", "")
+
+    def documented(self) -> Any:
+        """It has no other settings."""
+        return self.app.connection_for_write()
 
     # -- effects ------------------------------------------------------------------------------------------------------
 

@@ -48,8 +48,9 @@ def within(seconds: float, condition: Callable[[], Any]) -> Any:
 class Target(ABC):
     """What an attack can do to an application and see of it.
 
-    `space` is what the application has of the broker: a virtual host, or a Redis database. `broadcasts` is what the names
-    of Redis' channels begin with.
+    `space` is what the application has of the broker: a virtual host, or a Redis database. `account` is what the
+    attacker logs in to it with, and `pair` the certificate for that. `broadcasts` is what the names of Redis' channels
+    begin with. `store` is the folder of those who may sign, and `intruder` what the stranger would have to have in it.
     """
 
     name: str
@@ -57,8 +58,12 @@ class Target(ABC):
     queue: str
     other_queue: str
     broadcasts: str
+    account: str
+    pair: Pair
     attacker: Wire
     results: Any
+    store: Path
+    intruder: tuple[Path, ...]
     refusals = (AMQPError, KombuError, redis.RedisError, OSError)
 
     def __init__(self, stack: Stack, observer: Pair, space: str, held: tuple[str, str]) -> None:
@@ -132,6 +137,10 @@ class Target(ABC):
     @abstractmethod
     def command(self, signer: str, method: str, **arguments: Any) -> Message:
         """A command of remote control, signed with any key."""
+
+    @abstractmethod
+    def documented(self) -> Any:
+        """An honest caller's connection to the broker, with no more TLS settings than the documentation shows."""
 
     @abstractmethod
     def quarantined(self) -> list[str]:
@@ -259,11 +268,16 @@ class Target(ABC):
 
     # -- the harness --------------------------------------------------------------------------------------------------
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the broker listens."""
+        url = urlsplit(self.stack.environment("client")["SECURE_CELERY_BROKER_URL"])
+        return str(url.hostname), int(url.port or 0)
+
     def wire(self, account: str, client: Pair) -> Wire:
         """A broker connection of an account."""
-        environment = self.stack.environment("client")
-        host = urlsplit(environment["SECURE_CELERY_BROKER_URL"]).netloc.rpartition("@")[2]
-        ca = Path(environment["SECURE_CELERY_TLS_CA"])
+        host = ":".join(map(str, self.address))
+        ca = Path(self.stack.environment("client")["SECURE_CELERY_TLS_CA"])
         if self.stack.topology.broker != REDIS:
             return Amqp(host, self.space, ca, client)
         password = self.password("redis-broker", account)
