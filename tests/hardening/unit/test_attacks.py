@@ -15,6 +15,7 @@ def row(stock: str, ours: str, withstood: str = "") -> Row:
     trials = (Trial("F0", "stock", stock, "seen there", 0.1), Trial("F0", "ours", ours, "seen here", 0.1))
     return Row(attack, *trials, broker="rabbitmq")
 
+
 CAPABILITIES = {
     "none": {attack.NOTHING},
     "broker write": {attack.PUBLISH, attack.ANYWHERE},
