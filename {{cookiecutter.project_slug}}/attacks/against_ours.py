@@ -29,7 +29,8 @@ from .attack import REDIS
 from .target import Target
 from .wire import Message, Wire
 
-_TASK, _RESULT = "celery-task+jws", "celery-result+jws"
+_TASK, _RESULT, _CONTROL = "celery-task+jws", "celery-result+jws", "celery-control+jws"
+_JOSE = {"content_type": "application/jose", "content_encoding": "utf-8"}
 _AUDIENCE = "spiffe://victim.test/development/victim"
 
 _DEAD = "dead letter"
@@ -42,6 +43,7 @@ class Ours(Target):
     module = "attacks.targets.ours"
     queue = "victim.default"
     other_queue = "victim.reports"
+    broadcasts = "/."
 
     def __init__(self, stack: Stack, observer: Pair) -> None:
         topology = stack.topology
@@ -60,7 +62,9 @@ class Ours(Target):
                 "neighbour", f"{_AUDIENCE.replace('development/victim', 'development/other')}/client"
             ),
         }
-        self.attacker = self.wire(topology.account("client"), self.client("client"))
+        self.account, self.pair = topology.account("client"), self.client("client")
+        self.attacker = self.wire(self.account, self.pair)
+        self.store, self.intruder = stack.pki.store, (stranger.certificate, stranger.revocations)
         self.results = self.backend(topology.account("worker"), self.client("worker"))
         self._refused: list[str] = []
 
@@ -123,12 +127,7 @@ class Ours(Target):
 
     def _message(self, body: bytes, task: str = "attacks.pay", task_id: str = "", /, **headers: Any) -> Message:
         celery = {"lang": "py", "task": task, "id": task_id or str(uuid.uuid4()), "timelimit": [None, None], **headers}
-        properties = {
-            "content_type": "application/jose",
-            "content_encoding": "utf-8",
-            "delivery_mode": 2,
-            "application_headers": celery,
-        }
+        properties = {**_JOSE, "delivery_mode": 2, "application_headers": celery}
         return Message(body, properties, self.stack.topology.exchange, self.queue, celery["id"])
 
     def _enveloped(self, signer: str, claims: dict[str, Any]) -> Message:
@@ -271,6 +270,18 @@ class Ours(Target):
         claims["value"] |= {"result": result, "task_id": task_id}
         claims |= {"iss": self._identity(signer), "of": task_id}
         return self._sign(signer, json.dumps(claims).encode(), _RESULT)
+
+    def command(self, signer: str, method: str, **arguments: Any) -> Message:
+        """See `Target`."""
+        identity, now = self._identity(signer), int(time.time())
+        claims = {"iss": identity, "aud": _AUDIENCE, "iat": now, "exp": now + 60}
+        claims |= {"jti": str(uuid.uuid4()), "method": method, "arguments": arguments}
+        claims |= dict.fromkeys(("destination", "pattern", "matcher", "ticket"))
+        return Message(self._sign(signer, json.dumps(claims).encode(), _CONTROL), dict(_JOSE), "", "")
+
+    def documented(self) -> Any:
+        """It has no other settings."""
+        return self.app.connection_for_write()
 
     # -- effects ------------------------------------------------------------------------------------------------------
 

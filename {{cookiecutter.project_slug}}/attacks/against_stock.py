@@ -67,6 +67,7 @@ class Stock(Target):
     module = "attacks.targets.stock"
     queue = "celery"
     other_queue = "reports"
+    broadcasts = "/{db}."
 
     def __init__(self, stack: Stack, observer: Pair) -> None:
         redis = stack.topology.broker == REDIS
@@ -75,12 +76,13 @@ class Stock(Target):
         self.store = self.folder / "store"
         for folder in (self.folder, self.store):
             stack.account.folder(folder)
-        for role in ("client", "worker", "shop", "monitor", "stranger"):
+        for role in ("client", "worker", "reporter", "shop", "monitor", "operator", "stranger"):
             self._issue(role)
-        self.client = stack.pki.tls.client(ACCOUNT)
-        self.attacker = self.wire(ACCOUNT, self.client)
+        self.intruder = (self.folder / "stranger.pem",)
+        self.account, self.pair = ACCOUNT, stack.pki.tls.client(ACCOUNT)
+        self.attacker = self.wire(ACCOUNT, self.pair)
         self.observer.declare(self.other_queue)
-        self.results = self.backend(ACCOUNT, self.client)
+        self.results = self.backend(ACCOUNT, self.pair)
 
     def environment(self, role: str) -> dict[str, str]:
         """See `Target`; TLS and accounts are as good as ours."""
@@ -92,8 +94,8 @@ class Stock(Target):
             "BROKER_URL": f"{broker.scheme}://{login}{broker.hostname}:{broker.port}/{self.space}",
             "RESULT_BACKEND": f"rediss://{self._login('redis')}{backend.hostname}:{backend.port}/0",
             "TLS_CA": ours["SECURE_CELERY_TLS_CA"],
-            "TLS_CERTIFICATE": self.client.certificate,
-            "TLS_KEY": self.client.key,
+            "TLS_CERTIFICATE": self.pair.certificate,
+            "TLS_KEY": self.pair.key,
             "SECURITY_KEY": self.folder / f"{role}.key",
             "SECURITY_CERTIFICATE": self.store / f"{role}.pem",
             "SECURITY_CERT_STORE": self.store / "*.pem",
@@ -195,6 +197,17 @@ class Stock(Target):
         """Whoever may sign a task may sign a result."""
         meta = {"status": "SUCCESS", "result": result, "traceback": None, "children": [], "task_id": task_id}
         return self._auth(signer, json.dumps(meta).encode())
+
+    def command(self, signer: str, method: str, **arguments: Any) -> Message:
+        """See `Target`."""
+        told = {"method": method, "arguments": arguments, "destination": None}
+        return Message(self._auth(signer, json.dumps(told).encode()), dict(_AUTH), "", "")
+
+    def documented(self) -> Any:
+        """Its reference of `broker_use_ssl` says nothing of host names; `targets/stock.py` does better than that."""
+        better = ("server_hostname", "ssl_check_hostname")
+        shown = {name: value for name, value in self.app.conf.broker_use_ssl.items() if name not in better}
+        return self.app.connection_for_write(ssl=shown)
 
     def quarantined(self) -> list[str]:
         """There is none."""

@@ -18,7 +18,10 @@ from . import BROKER
 if TYPE_CHECKING:
     from .target import Target
 
-# What the attacker must hold, from little to much. Everyone here has a broker account that may publish to the queue.
+# What the attacker must hold, from little to much. Who holds a key has a broker account too, which may publish.
+NOTHING = "the broker's address"
+NETWORK = "network + publish"
+FILES = "a user on the host"
 PUBLISH = "publish to the queue"
 SEEN = "publish + one message seen"
 RESULT_SEEN = "publish + one result seen"
@@ -29,6 +32,8 @@ BACKEND_AND_SIGNER = "backend + a client's key"
 ANYWHERE = "all rights at the broker"
 ANYWHERE_AND_SIGNER = "broker + a client's key"
 WORKER = "a worker's broker account"
+WORKER_KEY = "a worker's signing key"
+ANYWHERE_AND_WORKER_KEY = "broker + a worker's key"
 
 RABBITMQ, REDIS = "rabbitmq", "redis"
 BROKERS = {RABBITMQ: "RabbitMQ", REDIS: "Redis"}
@@ -85,10 +90,10 @@ def attack(
 
 
 def catalogue(broker: str = BROKER) -> list[Attack]:
-    """Every attack over a broker, in the order of the modules: the less the attacker needs, the earlier."""
-    from . import backend, control, no_key, seen, signer  # they register themselves
+    """Every attack over a broker, in the order of the modules."""
+    from . import backend, control, no_key, outside, seen, signer  # they register themselves
 
-    order = [module.__name__ for module in (no_key, seen, signer, backend, control)]
+    order = [module.__name__ for module in (no_key, seen, signer, backend, control, outside)]
     attacks = (one for one in CATALOGUE.values() if broker in one.brokers)
     return sorted(attacks, key=lambda one: order.index(one.program.__module__))
 

@@ -19,7 +19,7 @@ from kombu import Connection, Consumer, Exchange, Producer, Queue
 
 from stack import StackFailed
 
-from .attack import ANYWHERE, ANYWHERE_AND_SIGNER, PUBLISH, BrokenAttack, attack
+from .attack import ANYWHERE, ANYWHERE_AND_SIGNER, ANYWHERE_AND_WORKER_KEY, PUBLISH, BrokenAttack, attack
 from .target import Target, within
 
 SHUTDOWN: dict[str, Any] = {"method": "shutdown", "arguments": {}, "destination": None}
@@ -145,3 +145,13 @@ def shutdown(target: Target) -> str | None:
         tell(connection, target.app.control.mailbox.exchange, SHUTDOWN, serializer=target.app.conf.task_serializer)
     within(1.0, lambda: not target.worker.alive())
     return target.outage()
+
+
+@attack("X26", "Revoke a payment with a worker's key", control="AUT-4", assumes=ANYWHERE_AND_WORKER_KEY)
+def revoked_by_worker(target: Target) -> str | None:
+    """Workers answer commands. To give one is not theirs."""
+    victim = target.capture("attacks.pay", 7)
+    target.give("reporter", "revoke", task_id=[victim.task_id])
+    target.inject(victim)
+    target.settle()
+    return None if target.ran("pay") else "the client's payment was dropped"

@@ -1,4 +1,4 @@
-"""Attacks by insiders: someone who holds a genuine signing key, of a client or of a role that may do nothing.
+"""Attacks by insiders: someone who holds a genuine signing key, a client's, a worker's or one that may do nothing.
 
 A signature says who, not what they may. A key must give its holder the rights of its role, and no way into the worker.
 """
@@ -9,7 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from .attack import LOW_SIGNER, SIGNER, attack
+from .attack import LOW_SIGNER, SIGNER, WORKER_KEY, attack
 from .target import Target
 
 FLOOD = 40
@@ -157,3 +157,22 @@ def flood(target: Target) -> str | None:
     target.settle()
     ran = len(target.ran("report"))
     return f"{ran} of {FLOOD} ran, one after the other" if ran > FLOOD // 2 else None
+
+
+# -- with the key of a worker that was broken into: its pool is `reporter`, and the attacked one is another ------------
+
+
+@attack("X24", "Send another pool what one may not", control="AUT-1", assumes=WORKER_KEY)
+def other_pool(target: Target) -> str | None:
+    target.inject(target.signed("reporter", "attacks.wipe", "everything"))
+    target.settle()
+    return "a worker that may send nothing had another pool's task run" if target.ran("wipe") else None
+
+
+@attack("X25", "Pass on a payment in a client's name", control="AUT-3", assumes=WORKER_KEY)
+def in_anothers_name(target: Target) -> str | None:
+    """Workers do send for others: retries, and what a canvas goes on with. The client itself may make payments."""
+    for guise in target.guises("client"):
+        target.inject(target.signed("reporter", "attacks.pay", 1, **guise))
+    target.settle()
+    return "a worker that may send nothing made a payment for a client" if target.ran("pay") else None

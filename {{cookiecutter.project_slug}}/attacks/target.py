@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import redis
 from amqp.exceptions import AMQPError
+from kombu import Producer
 from kombu.exceptions import KombuError
 
 from stack import Stack
@@ -47,15 +48,22 @@ def within(seconds: float, condition: Callable[[], Any]) -> Any:
 class Target(ABC):
     """What an attack can do to an application and see of it.
 
-    `space` is what the application has of the broker: a virtual host, or a Redis database.
+    `space` is what the application has of the broker: a virtual host, or a Redis database. `account` is what the
+    attacker logs in to it with, and `pair` the certificate for that. `broadcasts` is what the names of Redis' channels
+    begin with. `store` is the folder of those who may sign, and `intruder` what the stranger would have to have in it.
     """
 
     name: str
     module: str
     queue: str
     other_queue: str
+    broadcasts: str
+    account: str
+    pair: Pair
     attacker: Wire
     results: Any
+    store: Path
+    intruder: tuple[Path, ...]
     refusals = (AMQPError, KombuError, redis.RedisError, OSError)
 
     def __init__(self, stack: Stack, observer: Pair, space: str, held: tuple[str, str]) -> None:
@@ -127,6 +135,14 @@ class Target(ABC):
         """A successful result as a worker would store it, signed with any key."""
 
     @abstractmethod
+    def command(self, signer: str, method: str, **arguments: Any) -> Message:
+        """A command of remote control, signed with any key."""
+
+    @abstractmethod
+    def documented(self) -> Any:
+        """An honest caller's connection to the broker, with no more TLS settings than the documentation shows."""
+
+    @abstractmethod
     def quarantined(self) -> list[str]:
         """The reasons of the messages that were refused and kept since the last `clear()`."""
 
@@ -157,6 +173,13 @@ class Target(ABC):
         self.injected += published
         self.forbidden += not published
         return published
+
+    def give(self, signer: str, method: str, **arguments: Any) -> None:
+        """Send the workers a command, with all rights at the broker."""
+        message, exchange = self.command(signer, method, **arguments), self.app.control.mailbox.exchange
+        with self.observer.connection() as connection, Producer(connection.channel()) as producer:
+            producer.publish(message.body, exchange=exchange, declare=[exchange], **message.properties)
+        self.settle()
 
     # -- the effect ---------------------------------------------------------------------------------------------------
 
@@ -245,14 +268,20 @@ class Target(ABC):
 
     # -- the harness --------------------------------------------------------------------------------------------------
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the broker listens."""
+        url = urlsplit(self.stack.environment("client")["SECURE_CELERY_BROKER_URL"])
+        return str(url.hostname), int(url.port or 0)
+
     def wire(self, account: str, client: Pair) -> Wire:
         """A broker connection of an account."""
-        environment = self.stack.environment("client")
-        host = urlsplit(environment["SECURE_CELERY_BROKER_URL"]).netloc.rpartition("@")[2]
-        ca = Path(environment["SECURE_CELERY_TLS_CA"])
+        host = ":".join(map(str, self.address))
+        ca = Path(self.stack.environment("client")["SECURE_CELERY_TLS_CA"])
         if self.stack.topology.broker != REDIS:
             return Amqp(host, self.space, ca, client)
-        return Redis(host, self.space, ca, client, account, self.password("redis-broker", account), self.held)
+        password = self.password("redis-broker", account)
+        return Redis(host, self.space, ca, client, account, password, self.held, self.broadcasts)
 
     def backend(self, account: str, client: Pair) -> Any:
         """A backend connection with an account's password and client certificate."""
@@ -329,6 +358,13 @@ class Target(ABC):
         self.results.set(self.result_key(pending.task_id), self.forged_result("worker", pending.task_id, 999))
         if self.answer(pending.task_id) != 999:
             raise BrokenAttack(f"a result made by hand and signed by a worker is not accepted on {self.name}")
+        self.give("operator", "revoke", task_id=[pending.task_id])
+        self.clear()  # of what was made for the result
+        self.inject(pending)
+        self.settle()
+        if self.ran("pay"):
+            raise BrokenAttack(f"a command made by hand and signed by an operator is not obeyed on {self.name}")
+        self.clear()
 
     def close(self) -> None:
         """Stop the worker."""

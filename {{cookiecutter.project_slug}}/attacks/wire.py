@@ -208,10 +208,21 @@ class Amqp(Wire):
 
 
 class Redis(Wire):
-    """Redis, where a queue is a list. `held` are the keys of what workers have taken and not acknowledged."""
+    """Redis, where a queue is a list, and a broadcast goes to a channel.
+
+    `held` are the keys of what workers have taken and not acknowledged; with `broadcasts` channels' names begin.
+    """
 
     def __init__(
-        self, host: str, database: str, ca: Path, client: Pair, account: str, password: str, held: tuple[str, str]
+        self,
+        host: str,
+        database: str,
+        ca: Path,
+        client: Pair,
+        account: str,
+        password: str,
+        held: tuple[str, str],
+        broadcasts: str,
     ) -> None:
         self._url = f"rediss://{account}:{password}@{host}/{database}"
         self._tls = {
@@ -222,6 +233,7 @@ class Redis(Wire):
             "ssl_check_hostname": True,
         }
         self.held, self.since = held
+        self._broadcasts = broadcasts
         self.client: Any = redis.Redis.from_url(self._url, **self._tls)
 
     def publish(self, message: Message) -> bool:
@@ -302,7 +314,7 @@ class Redis(Wire):
 
     def connection(self, kind: type[kombu.Connection] = kombu.Connection) -> kombu.Connection:
         """See `Wire`."""
-        return kind(self._url, ssl=self._tls)
+        return kind(self._url, ssl=self._tls, transport_options={"fanout_prefix": self._broadcasts})
 
     def close(self) -> None:
         """See `Wire`."""

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from attacks import attack
 from attacks.attack import BROKERS, ERROR, FAILED, SUCCEEDED, Attack, Row, Trial, catalogue, table, write
 
 
@@ -13,6 +14,18 @@ def row(stock: str, ours: str, withstood: str = "") -> Row:
     attack = Attack("F0", "Do harm", "SIG-1", "nothing", lambda target: None, ("rabbitmq",), withstood)
     trials = (Trial("F0", "stock", stock, "seen there", 0.1), Trial("F0", "ours", ours, "seen here", 0.1))
     return Row(attack, *trials, broker="rabbitmq")
+
+
+CAPABILITIES = {
+    "none": {attack.NOTHING},
+    "broker write": {attack.PUBLISH, attack.ANYWHERE},
+    "low-privilege signer": {attack.LOW_SIGNER},
+    "stolen client key": {attack.SIGNER},
+    "compromised low-trust worker": {attack.WORKER_KEY, attack.ANYWHERE_AND_WORKER_KEY},
+    "backend write": {attack.BACKEND},
+    "network": {attack.NETWORK},
+    "file system": {attack.FILES},
+}
 
 
 @pytest.mark.parametrize(
@@ -76,3 +89,9 @@ def test_each_finding_about_stock_has_its_attack_where_it_exists(broker):
 
 def test_attacks_are_as_many_as_were_agreed():
     assert len({one.id for broker in BROKERS for one in catalogue(broker)}) >= 45
+
+
+@pytest.mark.parametrize("broker", BROKERS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_each_attacker_is_tried_over_each_broker(capability, broker):
+    assert CAPABILITIES[capability] <= {one.assumes for one in catalogue(broker)}
