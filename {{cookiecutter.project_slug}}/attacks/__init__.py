@@ -7,8 +7,8 @@ Assumes nothing about either target's logs. An honest message is served before a
 error and proves nothing.
 
 The broker is the project's own, RabbitMQ or Redis. Read `no_key.py` first; the other modules assume more of the
-attacker, in the order `seen.py`, `signer.py`, `backend.py`; `control.py` is about what is no task, `outside.py` about
-the network and the host. Everything here starts its own servers on loopback and attacks only those.
+attacker, in the order `seen.py`, `signer.py`; `control.py` is about what is no task, `outside.py` about the result
+backend, the network and the host. Everything here starts its own servers on loopback and attacks only those.
 """
 
 import tomllib

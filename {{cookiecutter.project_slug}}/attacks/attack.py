@@ -91,9 +91,9 @@ def attack(
 
 def catalogue(broker: str = BROKER) -> list[Attack]:
     """Every attack over a broker, in the order of the modules."""
-    from . import backend, control, no_key, outside, seen, signer  # they register themselves
+    from . import control, no_key, outside, seen, signer  # they register themselves
 
-    order = [module.__name__ for module in (no_key, seen, signer, backend, control, outside)]
+    order = [module.__name__ for module in (no_key, seen, signer, control, outside)]
     attacks = (one for one in CATALOGUE.values() if broker in one.brokers)
     return sorted(attacks, key=lambda one: order.index(one.program.__module__))
 
