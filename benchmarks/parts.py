@@ -23,9 +23,9 @@ _CHILD = "pool child: strict arguments, and the task"
 #: What is timed: module, class if there is one, function, and what is shown for it.
 _PARTS: tuple[tuple[str, str | None, str, str], ...] = (
     ("producer", "TaskProducer", "_sign", "publisher: claims and signature"),
-    ("envelope", "Signer", "sign", "publisher: of these, P-256 in OpenSSL"),
+    ("envelope", "Signer", "sign", "publisher: of these, making the signature"),
     ("gate", "Gate", "admit", "worker: the gate"),
-    ("keys", None, "_verify_jose", "worker: of this, P-256 in OpenSSL"),
+    ("keys", None, "_verify_jose", "worker: of this, checking the signature"),
     ("gate", "Gate", "_still_trusts", "worker: second look, before the task starts"),
     ("replay", "Guard", "claim", "worker: replay guard, claim"),
     ("replay", "RedisStore", "done", "worker: replay guard, done"),

@@ -12,8 +12,8 @@ from .controls.__main__ import PAGE, Control, file, page, proof, sections
 
 CONTROLS = [control for _, controls in sections() for control in controls]
 BUILT = [control for control in CONTROLS if not control.later]
-#: Built of files that nothing runs here: manifests, pipelines, locks, lint. The template's tests read these, or give their
-#: tools something to find; `make mutations` takes controls out of a project that runs.
+#: Built of files that nothing runs here: manifests, pipelines, locks, lint. The template's tests read these, or give
+#: their tools something to find; `make mutations` takes controls out of a project that runs.
 FILES = {
     *(
         f"{family}-{number}"

@@ -228,7 +228,7 @@ _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS
 class RedisStore:
     """Redis 7: a key for each message, and one for each worker that lives.
 
-    One round trip for each new message. What need not be waited for is sent at once; its answer is read with the next.
+    One round trip for each claim. What need not be waited for is sent at once; its answer is read with the next.
     """
 
     def __init__(self, url: str, tls: TLS, prefix: str) -> None:

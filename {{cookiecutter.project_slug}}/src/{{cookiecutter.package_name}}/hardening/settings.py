@@ -295,7 +295,7 @@ class Credentials(Watched):
         """
         self.look()
         if self._own is None or not self._own.not_before <= time.time() <= self._own.not_after:
-            self._own = self._accepted(self._signer)
+            self._accepted(self._signer)
 
     def look(self) -> None:
         """Load what has changed, and warn of what runs out."""
